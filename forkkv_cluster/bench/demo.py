@@ -1,0 +1,134 @@
+"""``forkkv demo``: a cluster, eight agents over one document, with and without sharing, and what the fork saved."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn, Protocol
+
+import typer
+from rich.console import Console
+
+from forkkv_cluster.bench.demo_checks import Check, Savings, check_kill, check_policies, savings, to_json
+from forkkv_cluster.bench.demo_plan import DemoPlan, PolicyResult
+from forkkv_cluster.bench.demo_run import run_policy, run_with_kill, warm_up
+from forkkv_cluster.bench.demo_view import (
+    agent_table,
+    check_lines,
+    make_console,
+    policy_table,
+    savings_line,
+    streams_side_by_side,
+)
+from forkkv_cluster.client import AsyncForkKVClient, Sharing
+from forkkv_cluster.core.config import ClusterConfig, parse_config
+from forkkv_cluster.core.errors import ForkKVError
+
+
+class StartedCluster(Protocol):
+    """The part of ``app.RunningCluster`` that the demo needs."""
+
+    @property
+    def grpc_address(self) -> str: ...
+
+    def stop(self) -> None: ...
+
+
+StartCluster = Callable[[ClusterConfig], StartedCluster]
+
+
+def demo_config() -> ClusterConfig:
+    """Two workers on free ports with the random demo model. fp32, because runs are compared token by token."""
+    return parse_config(
+        {
+            "model": {"dtype": "float32", "device": "cpu"},
+            "worker": {"num_replicas": 2},
+            "gateway": {"session_store": "memory:"},
+            "server": {"http_port": 0, "grpc_port": 0},
+        }
+    )
+
+
+def make_demo(start_cluster: StartCluster) -> Callable[..., None]:
+    """The command. The composition root brings ``start_cluster``, which nothing below it may import."""
+
+    def demo(
+        kill_worker: Annotated[
+            bool, typer.Option("--kill-worker", help="Also run with the busiest worker killed by SIGKILL, and compare tokens.")
+        ] = False,
+        max_tokens: Annotated[int, typer.Option(help="Tokens that each agent writes.", min=16, max=512)] = 48,
+        json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
+    ) -> None:
+        """Eight agents over one document: streamed side by side, joined, and measured with sharing and without.
+
+        Starts a cluster of two workers on this machine, and stops it. The model is random: what it writes means nothing.
+        """
+        console = make_console()
+        try:
+            checks = _run_demo(console, start_cluster, kill_worker, max_tokens, json_path)
+        except ForkKVError as error:
+            Console(stderr=True).print(f"error {error.code}: {error.message}", markup=False, highlight=False)
+            raise typer.Exit(1) from None
+        if not all(check.holds for check in checks):
+            raise typer.Exit(1)
+
+    return demo
+
+
+def _run_demo(
+    console: Console, start_cluster: StartCluster, kill_worker: bool, max_tokens: int, json_path: Path | None
+) -> list[Check]:
+    from forkkv_cluster.testing.tiny_models import demo_document  # Here: it imports torch, which --help need not wait for.
+
+    plan = DemoPlan(demo_document(), max_tokens=max_tokens)
+    started_s = time.monotonic()
+    with console.status("starting Ray, Serve and two workers ..."):
+        cluster = start_cluster(demo_config())
+    # After the start, because Ray sets a handler of its own. A terminated demo stops its cluster, too.
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        start_s = time.monotonic() - started_s
+        console.print(f"A cluster of two workers came up in {start_s:.1f} s. The model's weights are random.")
+        results, killed = asyncio.run(_run_all(console, cluster.grpc_address, plan, kill_worker))
+    finally:
+        with console.status("stopping ..."):
+            cluster.stop()
+    eager, isolated = results
+    checks = check_policies(eager, isolated, plan.max_tokens) + (check_kill(eager, killed) if killed is not None else [])
+    runs = results if killed is None else [*results, killed]
+    saved = savings(eager, isolated)
+    _show(console, runs, results, saved, checks)
+    if json_path is not None:
+        json_path.write_text(json.dumps(to_json(runs, saved, checks), indent=2) + "\n")
+    return checks
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+async def _run_all(
+    console: Console, address: str, plan: DemoPlan, kill_worker: bool
+) -> tuple[list[PolicyResult], PolicyResult | None]:
+    """Results under eager and isolated, and of the run with a kill, if wanted. Killing comes last: it costs a worker."""
+    async with AsyncForkKVClient(address) as client:
+        await warm_up(client)
+        results = []
+        for sharing in (Sharing.EAGER, Sharing.ISOLATED):
+            with streams_side_by_side(console, str(sharing)) as on_update:
+                results.append(await run_policy(client, plan, sharing, on_update))
+        if not kill_worker:
+            return results, None
+        with streams_side_by_side(console, "eager, one worker will be killed") as on_update:
+            return results, await run_with_kill(client, plan, Sharing.EAGER, on_update)
+
+
+def _show(console: Console, runs: list[PolicyResult], results: list[PolicyResult], saved: Savings, checks: list[Check]) -> None:
+    tables: list[Any] = [*(agent_table(run) for run in runs), policy_table(results), savings_line(saved), *check_lines(checks)]
+    for table in tables:
+        console.print(table)

@@ -1,0 +1,99 @@
+"""What must always hold of KV memory, checked from nothing but the structures themselves.
+
+Run after every rule of the stateful tests, in soak runs and on demand; costs O(everything).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from forkkv_cluster.cache.dual_radix_tree import DualRadixTree
+from forkkv_cluster.cache.kv_memory import KVMemory
+from forkkv_cluster.cache.lease_book import LeaseBook
+from forkkv_cluster.cache.leases import ContextLease
+from forkkv_cluster.cache.page_pool import PageClass
+from forkkv_cluster.cache.tree_nodes import Node, Residual
+from forkkv_cluster.core.errors import Internal
+
+
+def check_invariants(memory: KVMemory, book: LeaseBook) -> None:
+    """Raise Internal that lists every broken promise; return when there is none."""
+    problems = [*_tree_problems(memory.tree), *_page_problems(memory, book), *_pin_problems(memory.tree, book)]
+    if problems:
+        raise Internal("KV memory invariants are broken: " + "; ".join(problems[:10]))
+
+
+def _tree_problems(tree: DualRadixTree) -> list[str]:
+    problems = []
+    for node in tree.nodes():
+        name = f"block {node.hash.hex()[:8]} at depth {node.depth}"
+        if node.page is None:
+            problems.append(f"{name} has no page")
+        if node.parent is None or node.parent.children.get(node.hash) is not node:
+            problems.append(f"{name} is not a child of its parent")
+        if tree.is_listed(node) != node.is_evictable:
+            problems.append(f"{name} is {'not ' if node.is_evictable else ''}in the eviction order, wrongly")
+        problems += [p for r in node.residuals.values() for p in _residual_problems(tree, node, r, name)]
+    for seed in tree.seeds():
+        if not seed.children and not seed.forks:
+            problems.append(f"seed {seed.hash.hex()[:8]} has nothing below it")
+        if seed.parent is not None and seed.parent.forks.get(seed.hash) is not seed:
+            problems.append(f"seed {seed.hash.hex()[:8]} is not a fork of its parent")
+    return problems
+
+
+def _residual_problems(tree: DualRadixTree, node: Node, residual: Residual, name: str) -> list[str]:
+    problems = []
+    above = node.parent.residuals.get(residual.key) if node.parent is not None else None
+    if node.depth > 0 and above is None:
+        problems.append(f"residual of {residual.key.adapter} at {name} has none above it")
+    below = sum(1 for child in node.children.values() if residual.key in child.residuals)
+    if below != residual.num_children:
+        problems.append(f"residual of {residual.key.adapter} at {name} counts {residual.num_children} below, not {below}")
+    if tree.is_listed(residual) != residual.is_evictable:
+        problems.append(f"residual of {residual.key.adapter} at {name} is wrongly in or out of the eviction order")
+    return problems
+
+
+def _page_problems(memory: KVMemory, book: LeaseBook) -> list[str]:
+    """Every allocated page has exactly one owner: a node, a residual, or one lease that has not filed it."""
+    owners: Counter[tuple[PageClass, int]] = Counter()
+    for node in memory.tree.nodes():
+        if node.page is not None:
+            owners[None, node.page] += 1
+        for residual in node.residuals.values():
+            owners[residual.key.rank_class, residual.page] += 1
+    for lease in book:
+        owners.update((None, int(p)) for p in lease.record.pages[lease.num_blocks_in_tree : lease.num_pages])
+        if isinstance(lease, ContextLease):
+            for plan in lease.residuals:
+                owners.update((plan.key.rank_class, int(p)) for p in plan.pages[plan.block : plan.num_pages])
+    problems = [f"page {page} of class {c} has {n} owners" for (c, page), n in owners.items() if n > 1]
+    for page_class in memory.pool.page_classes():
+        owned = sum(1 for c, _ in owners if c == page_class)
+        allocated = memory.pool.num_allocated(page_class)
+        if owned != allocated:
+            problems.append(f"{allocated} pages of class {page_class} are allocated but {owned} have an owner")
+    return problems
+
+
+def _pin_problems(tree: DualRadixTree, book: LeaseBook) -> list[str]:
+    expected: Counter[Node | Residual] = Counter()
+    for lease in book:
+        if lease.pinned is not None:
+            expected[lease.pinned] += 1
+        if isinstance(lease, ContextLease):
+            expected.update(plan.pinned for plan in lease.residuals if plan.pinned is not None)
+            continue
+        if lease.residual_pin is not None:
+            expected[lease.residual_pin] += 1
+        if lease.tail is not None:
+            expected[lease.tail.node] += 1
+            if lease.tail.residual is not None:
+                expected[lease.tail.residual] += 1
+    entries: list[Node | Residual] = []
+    for node in tree.nodes():
+        entries += [node, *node.residuals.values()]
+    problems = [f"an entry has {e.pins} pins, leases hold {expected[e]}" for e in entries if e.pins != expected[e]]
+    gone = set(expected) - set(entries)
+    return problems + ([f"{len(gone)} pinned entries are not in the tree"] if gone else [])

@@ -1,0 +1,140 @@
+"""Where KV lives: the one door of ``cache`` for the scheduler.
+
+Opening a lease is all or nothing; ``None`` means "not now". Each lease is released exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from forkkv_cluster.cache.context_cache import ContextCache
+from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.invariants import check_invariants
+from forkkv_cluster.cache.kv_memory import KVMemory
+from forkkv_cluster.cache.lease_book import LeaseBook
+from forkkv_cluster.cache.leases import ContextLease, ContextMatch, SequenceLease
+from forkkv_cluster.cache.page_pool import PageClass
+from forkkv_cluster.cache.sequence_cache import SequenceCache
+from forkkv_cluster.cache.tree_nodes import ResidualKey
+from forkkv_cluster.core.events import CacheEvent
+from forkkv_cluster.core.prefix import PrefixKey, TokenArray
+from forkkv_cluster.core.status import PoolStatus
+
+
+class KVCacheManager:
+    """Pages of one engine. Pure bookkeeping: page ids, no tensors. Not thread-safe."""
+
+    def __init__(self, geometry: KVGeometry, kv_bytes: int) -> None:
+        self.geometry = geometry
+        self._memory = KVMemory(geometry, kv_bytes)
+        self._book = LeaseBook()
+        self._sequences = SequenceCache(self._memory, self._book)
+        self._contexts = ContextCache(self._memory, self._book)
+
+    # --- shared context ---------------------------------------------------------------------------------------------
+
+    def match_context(self, key: PrefixKey, tokens: TokenArray, context_len: int, residual: ResidualKey | None) -> ContextMatch:
+        """How much of tokens[:context_len] is here. Mutates nothing."""
+        return self._contexts.match(key, tokens, context_len, residual)
+
+    def open_context(
+        self,
+        key: PrefixKey,
+        tokens: TokenArray,
+        context_len: int,
+        required: Sequence[ResidualKey] = (),
+        optional: Sequence[ResidualKey] = (),
+    ) -> ContextLease | None:
+        """Claim pages for a pass over tokens[:context_len]; see ``ContextCache.open``."""
+        return self._contexts.open(key, tokens, context_len, required, optional)
+
+    def commit_context(self, lease: ContextLease, num_computed: int) -> None:
+        """Rows before ``num_computed`` are written; file every block that is complete."""
+        self._contexts.commit(lease, num_computed)
+
+    def release_context(self, lease: ContextLease) -> None:
+        """End of the pass: what was filed stays cached, the rest is freed."""
+        self._contexts.release(lease)
+
+    # --- sequences --------------------------------------------------------------------------------------------------
+
+    def open_sequence(
+        self, key: PrefixKey, tokens: TokenArray, num_tokens: int, context_len: int, residual: ResidualKey | None
+    ) -> SequenceLease | None:
+        """Claim pages for tokens[:num_tokens]; ``tokens`` [capacity] int32 is the sequence's append-only buffer.
+
+        ``context_len`` is 0 where nothing is shared. Its context must match in full (``match_context``).
+        """
+        tail_hash = self._contexts.tail_hash(key, tokens, context_len)
+        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash)
+
+    def grow(self, lease: SequenceLease, num_tokens: int) -> bool:
+        """Make room for tokens up to ``num_tokens``; False, and no change, when there is none."""
+        return self._sequences.grow(lease, num_tokens)
+
+    def commit(self, lease: SequenceLease, num_computed: int) -> None:
+        """KV of tokens[:num_computed] is written; file every block that is whole."""
+        self._sequences.commit(lease, num_computed)
+
+    def release(self, lease: SequenceLease) -> None:
+        """The sequence has ended or is preempted: what was computed stays cached, the rest is freed."""
+        self._sequences.release(lease)
+
+    # --- facts ------------------------------------------------------------------------------------------------------
+
+    def take_events(self) -> tuple[CacheEvent, ...]:
+        """What changed since the last call."""
+        return self._memory.events.take()
+
+    def snapshot_events(self) -> tuple[CacheEvent, ...]:
+        """Everything that is here, as events."""
+        return self._memory.snapshot_events()
+
+    def check_invariants(self) -> None:
+        """Raise Internal if the bookkeeping contradicts itself."""
+        check_invariants(self._memory, self._book)
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._book)
+
+    @property
+    def num_evictions(self) -> int:
+        return self._memory.num_evictions
+
+    @property
+    def total_bytes(self) -> int:
+        return self._memory.total_bytes
+
+    @property
+    def base_bytes_held(self) -> int:
+        return self._memory.base_bytes_held
+
+    @property
+    def residual_bytes_held(self) -> int:
+        return self._memory.residual_bytes_held
+
+    @property
+    def peak_bytes(self) -> tuple[int, int]:
+        """Largest base and residual bytes ever held."""
+        return self._memory.peak_base_bytes, self._memory.peak_residual_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that no lease protects: free, or cached and evictable. O(pages of all leases)."""
+        pinned = sum(self.geometry.page_bytes(c) * n for c, n in self._book.pinned_pages().items())
+        return self.total_bytes - pinned
+
+    def pools(self) -> tuple[PoolStatus, ...]:
+        """Every pool, base first. total = free + cached + pinned in each."""
+        pinned = self._book.pinned_pages()
+        classes: list[PageClass] = [None, *sorted(c for c in self._memory.pool.page_classes() if c is not None)]
+        return tuple(self._pool_status(c, pinned.get(c, 0)) for c in classes)
+
+    def _pool_status(self, page_class: PageClass, num_pinned: int) -> PoolStatus:
+        pool = self._memory.pool
+        allocated, free = pool.num_allocated(page_class), pool.num_allocatable(page_class)
+        name = "base" if page_class is None else f"residual-r{page_class}"
+        return PoolStatus(
+            name, self.geometry.page_bytes(page_class), allocated + free, free, allocated - num_pinned, num_pinned
+        )

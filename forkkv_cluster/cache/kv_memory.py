@@ -1,0 +1,112 @@
+"""The pool and the tree together: allocation that evicts, the events it causes, and the bytes it holds."""
+
+from __future__ import annotations
+
+from forkkv_cluster.cache.dual_radix_tree import DualRadixTree
+from forkkv_cluster.cache.event_log import EventLog
+from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.lease_book import LeaseBook
+from forkkv_cluster.cache.page_pool import PageClass, PagePool
+from forkkv_cluster.cache.tree_nodes import Node, Residual
+from forkkv_cluster.core.events import CacheEvent
+
+
+class KVMemory:
+    """Owns the page pool and the DualRadixTree of one engine. Not thread-safe."""
+
+    def __init__(self, geometry: KVGeometry, kv_bytes: int) -> None:
+        self.geometry = geometry
+        self.pool = PagePool(geometry, geometry.num_slabs(kv_bytes))
+        self.tree = DualRadixTree(self._base_evicted, self._residual_evicted)
+        self.num_evictions = 0
+        self.peak_base_bytes = 0
+        self.peak_residual_bytes = 0
+        self.events = EventLog()
+
+    # --- allocation -----------------------------------------------------------------------------------------------
+
+    def allocate(self, page_class: PageClass, num_pages: int) -> list[int] | None:
+        """``num_pages`` pages, evicting the least recently used as needed; None when pinned pages leave no room."""
+        while True:
+            pages = self.pool.allocate(page_class, num_pages)
+            if pages is not None:
+                self._note_peaks()
+                return pages
+            if not self.tree.evict_oldest():
+                return None
+
+    def free(self, page_class: PageClass, pages: list[int]) -> None:
+        self.pool.free(page_class, pages)
+
+    def fits(self, demand: dict[PageClass, int], book: LeaseBook) -> bool:
+        """Whether the demand (pages by class) could be met once everything that no lease protects is evicted.
+
+        A necessary condition, checked before eviction starts, so that a request that cannot fit evicts nothing.
+        """
+        if self.pool.has_room(demand):
+            return True
+        page_bytes = self.geometry.page_bytes
+        wanted = sum(page_bytes(c) * n for c, n in demand.items())
+        pinned = sum(page_bytes(c) * n for c, n in book.pinned_pages().items())
+        return wanted + pinned <= self.total_bytes
+
+    def make_room_for_a_retry(self, book: LeaseBook) -> None:
+        """After a refusal with no lease open: evict everything, so that the same request starts from an empty pool.
+
+        What a request matches can lie scattered over slabs of other classes, and can include a tail that is only to be
+        copied. With nothing else running, no release would ever come to change that.
+        """
+        while len(book) == 0 and self.tree.evict_oldest():
+            pass
+
+    # --- accounting -----------------------------------------------------------------------------------------------
+
+    @property
+    def total_bytes(self) -> int:
+        return self.pool.num_slabs * self.geometry.slab_bytes
+
+    @property
+    def base_bytes_held(self) -> int:
+        """Bytes of base pages in use, cached ones included."""
+        return self.pool.num_allocated(None) * self.geometry.page_bytes(None)
+
+    @property
+    def residual_bytes_held(self) -> int:
+        """Bytes of residual pages in use, cached ones included."""
+        classes = (c for c in self.pool.page_classes() if c is not None)
+        return sum(self.pool.num_allocated(c) * self.geometry.page_bytes(c) for c in classes)
+
+    def _note_peaks(self) -> None:
+        self.peak_base_bytes = max(self.peak_base_bytes, self.base_bytes_held)
+        self.peak_residual_bytes = max(self.peak_residual_bytes, self.residual_bytes_held)
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def is_whole(self, node: Node) -> bool:
+        """Whole blocks are announced; partly filled tails are known to this worker alone."""
+        return node.length == self.geometry.page_size
+
+    def snapshot_events(self) -> tuple[CacheEvent, ...]:
+        """The whole state as events, parents before children."""
+        log = EventLog()
+        nodes = sorted((n for n in self.tree.nodes() if self.is_whole(n)), key=lambda n: n.depth)
+        for node in nodes:
+            log.base_stored(node.hash)
+        for key in {key for node in nodes for key in node.residuals}:
+            for node in nodes:
+                if key in node.residuals:
+                    log.residual_stored(key, node.hash)
+        return log.take()
+
+    def _base_evicted(self, node: Node) -> None:
+        if node.page is not None:
+            self.pool.free(None, [node.page])
+        self.num_evictions += 1
+        if self.is_whole(node):
+            self.events.base_evicted(node.hash)
+
+    def _residual_evicted(self, residual: Residual) -> None:
+        self.pool.free(residual.key.rank_class, [residual.page])
+        self.num_evictions += 1
+        if self.is_whole(residual.node):
+            self.events.residual_evicted(residual.key, residual.node.hash)

@@ -1,0 +1,72 @@
+"""``forkkv status``: the cluster as one table, or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from forkkv_cluster.cli.common import DEFAULT_ADDRESS, Address, Token, errors_for_people, size
+from forkkv_cluster.client import ForkKVClient, Status
+
+
+def status(
+    address: Address = DEFAULT_ADDRESS,
+    token: Token = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Show the model, every worker with its KV memory and counters, the directory, sessions and adapters."""
+    with errors_for_people(), ForkKVClient(address, token=token, timeout_s=10.0) as client:
+        found = client.status()
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    console = Console()
+    console.print(_headline(found))
+    console.print(worker_table(found))
+    console.print(_footer(found))
+
+
+def _headline(found: Status) -> str:
+    model = found.model
+    return (
+        f"[bold]{model.name}[/] {model.dtype}, up to {model.max_model_len} tokens, "
+        f"{size(model.base_bytes_per_token)} of base KV a token · server {found.cluster.version}"
+    )
+
+
+def worker_table(found: Status) -> Table:
+    """One row a worker; prefill, hits (useful) and output are tokens since it started."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("worker", "pid", "run/wait", "base KV", "residual", "prefill", "hits", "output"):
+        table.add_column(name, no_wrap=True)
+    for worker in found.cluster.workers:
+        engine, counters = worker.engine, worker.engine.counters
+        table.add_row(
+            worker.worker_id,
+            str(worker.pid),
+            f"{engine.num_running}/{engine.num_waiting}",
+            size(engine.base_bytes_held),
+            size(engine.residual_bytes_held),
+            str(counters.prefill_tokens_run),
+            str(counters.useful_hit_tokens),
+            str(counters.output_tokens),
+        )
+    return table
+
+
+def _footer(found: Status) -> str:
+    cluster, directory = found.cluster, found.cluster.directory
+    known = (
+        f"directory knows {directory.num_base_blocks} base and {directory.num_residual_blocks} residual blocks "
+        f"of {directory.num_workers} workers"
+        if directory is not None
+        else "[yellow]directory away: routing goes on from the gateway's mirror[/]"
+    )
+    adapters = ", ".join(f"{info.name} (rank {info.lora_rank})" for info in cluster.adapters) or "none"
+    return f"{known} · {cluster.num_sessions} sessions, {cluster.num_branches} branches\nadapters: {adapters}"

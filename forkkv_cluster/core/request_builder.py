@@ -1,0 +1,253 @@
+"""Frozen requests from sessions and prompts: the one place where sharing, spans and page identity of semantics meet. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from forkkv_cluster.core.errors import InvalidArgument, Unsupported
+from forkkv_cluster.core.ids import RequestId, WorkerId
+from forkkv_cluster.core.prefix import BASE_WRITER, PrefixKey, TokenArray, prefix_key
+from forkkv_cluster.core.request import (
+    AdapterRef,
+    ContextRequest,
+    GenerateRequest,
+    ModelInfo,
+    Priority,
+    SamplingParams,
+    Sharing,
+)
+from forkkv_cluster.core.session import Branch, Session
+
+NamespaceOf = Callable[[str, str], str]
+"""(tenant, sharing group, which may be empty) -> the namespace of the pages: what two requests must have in common to share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What surrounds a request: its id, deadline (wall clock, unix seconds, None: none), admission order and tenant."""
+
+    request_id: str
+    tenant: str
+    deadline_s: float | None = None
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSharing:
+    """How a request without a session shares: ``shared_prefix_tokens`` is its fork point, None for one that shares nothing."""
+
+    sharing: Sharing | None = None
+    shared_prefix_tokens: int | None = None
+    sharing_group: str = ""
+
+
+def check_sharing(sharing: Sharing) -> Sharing:
+    """Raises Unsupported for ``auto``: a choice that does not exist yet is refused, never guessed."""
+    if sharing is Sharing.AUTO:
+        raise Unsupported("sharing", str(sharing), "auto is not there yet", "Name isolated, residual, eager or base.")
+    return sharing
+
+
+def fork_point(choice: PromptSharing, num_tokens: int) -> int:
+    """Tokens of a prompt of ``num_tokens`` that are shared context. Raises InvalidArgument, or Unsupported for ``auto``."""
+    sharing, shared = check_sharing(choice.sharing or Sharing.ISOLATED), choice.shared_prefix_tokens
+    if sharing is Sharing.ISOLATED:
+        if shared:
+            raise InvalidArgument(
+                "shared_prefix_tokens",
+                shared,
+                "means nothing under isolated sharing",
+                "Name sharing residual, eager or base, or leave it out.",
+            )
+        return 0
+    if shared is None:
+        raise InvalidArgument(
+            "sharing",
+            str(sharing),
+            "needs shared_prefix_tokens in a stateless request",
+            "Send how many leading tokens of the prompt are shared, or use a session.",
+        )
+    if not 0 <= shared < num_tokens:
+        raise InvalidArgument(
+            "shared_prefix_tokens",
+            shared,
+            f"is not in [0, {num_tokens}): the prompt has {num_tokens} tokens",
+            "Leave at least one token after the fork point.",
+        )
+    return shared
+
+
+class RequestBuilder:
+    """Knows the model, the block size and how tenants are kept apart; keeps no state."""
+
+    def __init__(self, model: ModelInfo, *, block_size: int, namespace_of: NamespaceOf) -> None:
+        self.model = model
+        self._block_size = block_size
+        self._namespace_of = namespace_of
+
+    def turn(
+        self, session: Session, branch: Branch, appended: TokenArray, sampling: SamplingParams, envelope: Envelope
+    ) -> GenerateRequest:
+        """One turn of a branch: context, own tokens, and what it appends, [c + m + k] int32."""
+        request = self._generate(
+            np.concatenate([branch.context, branch.own, appended]).astype(np.int32),
+            context_len=len(branch.context),
+            adapter=branch.adapter,
+            declared=session.adapters,
+            sharing=branch.sharing,
+            writer=session.writer_for(branch),
+            group=session.sharing_group,
+            sampling=sampling,
+            envelope=envelope,
+        )
+        return replace(request, session_id=session.session_id, branch=branch.name)
+
+    def prompt(
+        self,
+        tokens: TokenArray,
+        adapter: AdapterRef | None,
+        choice: PromptSharing,
+        sampling: SamplingParams,
+        envelope: Envelope,
+    ) -> GenerateRequest:
+        """A request of its own, [n] int32: isolated, unless it names its fork point. Raises as ``fork_point`` does."""
+        return self._generate(
+            tokens,
+            context_len=fork_point(choice, len(tokens)),
+            adapter=adapter,
+            declared=(adapter,) if adapter is not None else (),
+            sharing=choice.sharing or Sharing.ISOLATED,
+            writer=None,
+            group=choice.sharing_group,
+            sampling=sampling,
+            envelope=envelope,
+        )
+
+    def resumed(
+        self, request: GenerateRequest, generated: Sequence[int], num_resumes: int, lost_workers: Sequence[str] = ()
+    ) -> GenerateRequest:
+        """``request`` after ``generated`` tokens came from a worker that is gone: the third span grows, all else stays."""
+        first = request.tokens[: request.num_prompt_tokens]
+        tokens = np.concatenate([first, np.asarray(generated, dtype=np.int32)]).astype(np.int32)
+        base_id = request.request_id.partition("~")[0]
+        return replace(
+            request,
+            request_id=RequestId(f"{base_id}~{num_resumes}"),
+            tokens=tokens,
+            num_resumed=len(generated),
+            prefix=self._prefix(
+                tokens, request.context_len, request.namespace, request.adapter, request.sharing, request.writer
+            ),
+            excluded_workers=tuple(dict.fromkeys((*request.excluded_workers, *map(WorkerId, lost_workers)))),
+        )
+
+    def context_pass(
+        self,
+        context: TokenArray,
+        declared: tuple[AdapterRef, ...],
+        sharing: Sharing,
+        group: str,
+        session_id: str,
+        envelope: Envelope,
+    ) -> ContextRequest:
+        """The base model's pass over a shared context, [n] int32. ``Session.needs_context_pass`` says whether there is one."""
+        namespace = self._namespace_of(envelope.tenant, group)
+        return ContextRequest(
+            request_id=RequestId(envelope.request_id),
+            tokens=context,
+            declared=declared,
+            sharing=sharing,
+            namespace=namespace,
+            prefix=self._prefix(context, len(context), namespace, None, sharing, None),
+            deadline_s=envelope.deadline_s,
+            priority=envelope.priority,
+            tenant=envelope.tenant,
+            session_id=session_id,
+        )
+
+    def check_context(self, context: TokenArray) -> None:
+        """A shared context holds at least one token and leaves room for one of a branch and one of output."""
+        if len(context) == 0:
+            raise InvalidArgument("context", "", "is empty", "Send text or token_ids with at least one token.")
+        if len(context) > self.model.max_model_len - 2:
+            raise InvalidArgument(
+                "context",
+                f"{len(context)} tokens",
+                f"is too long: the model takes {self.model.max_model_len} tokens, context, turns and output together",
+                "Shorten it.",
+            )
+
+    def max_tokens(self, asked: int | None, num_prompt_tokens: int, default: int) -> int:
+        """Tokens to generate at most: what was asked, or the default cut to what fits. Raises InvalidArgument."""
+        room = self.model.max_model_len - num_prompt_tokens
+        if room < 1:
+            raise InvalidArgument(
+                "prompt",
+                f"{num_prompt_tokens} tokens",
+                f"is too long: the model takes {self.model.max_model_len} tokens, prompt and output together",
+                "Shorten it.",
+            )
+        if asked is not None and asked > room:
+            raise InvalidArgument(
+                "max_tokens",
+                asked,
+                f"does not fit: the prompt has {num_prompt_tokens} tokens and the model takes {self.model.max_model_len}",
+                f"Ask for at most {room}.",
+            )
+        return asked if asked is not None else min(default, room)
+
+    def _generate(
+        self,
+        tokens: TokenArray,
+        *,
+        context_len: int,
+        adapter: AdapterRef | None,
+        declared: tuple[AdapterRef, ...],
+        sharing: Sharing,
+        writer: AdapterRef | None,
+        group: str,
+        sampling: SamplingParams,
+        envelope: Envelope,
+    ) -> GenerateRequest:
+        namespace = self._namespace_of(envelope.tenant, group)
+        # Isolated shares nothing and has one span, run by the adapter; the base model's own pages are canonical anyway.
+        fork_point = 0 if sharing is Sharing.ISOLATED and adapter is not None else context_len
+        return GenerateRequest(
+            request_id=RequestId(envelope.request_id),
+            tokens=tokens,
+            context_len=fork_point,
+            num_resumed=0,
+            adapter=adapter,
+            declared=declared,
+            sharing=sharing,
+            writer=writer,
+            namespace=namespace,
+            sampling=sampling,
+            prefix=self._prefix(tokens, fork_point, namespace, adapter, sharing, writer),
+            deadline_s=envelope.deadline_s,
+            priority=envelope.priority,
+            tenant=envelope.tenant,
+        )
+
+    def _prefix(
+        self,
+        tokens: TokenArray,
+        context_len: int,
+        namespace: str,
+        adapter: AdapterRef | None,
+        sharing: Sharing,
+        writer: AdapterRef | None,
+    ) -> PrefixKey:
+        return prefix_key(
+            tokens,
+            block_size=self._block_size,
+            context_len=context_len,
+            model_digest=self.model.digest,
+            namespace=namespace,
+            adapter_digest=adapter.digest if adapter is not None else None,
+            sharing=str(sharing),
+            writer=writer.digest if writer is not None else BASE_WRITER,
+        )

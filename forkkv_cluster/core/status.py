@@ -1,0 +1,90 @@
+"""What a worker, a directory and a cluster say of themselves: values for ``forkkv status``, metrics and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from forkkv_cluster.core.request import AdapterInfo, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """Pages of one pool: total = free + cached + pinned whenever the engine is idle. Bytes likewise."""
+
+    name: str
+    page_bytes: int
+    num_total: int
+    num_free: int
+    num_cached: int
+    num_pinned: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounters:
+    """Counts since the start of the engine; tokens unless named otherwise. Names as in trace reports."""
+
+    num_steps: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    prefill_tokens_run: int = 0
+    output_tokens: int = 0
+    base_hit_tokens: int = 0
+    residual_hit_tokens: int = 0
+    useful_hit_tokens: int = 0
+    cow_copies: int = 0
+    evictions: int = 0
+    preemptions: int = 0
+    peak_base_bytes: int = 0
+    peak_residual_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """One engine, now."""
+
+    num_running: int
+    num_waiting: int
+    num_pinned_pages: int
+    kv_bytes_total: int
+    base_bytes_held: int
+    residual_bytes_held: int
+    pools: tuple[PoolStatus, ...]
+    counters: EngineCounters
+    adapters: tuple[AdapterInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker of the cluster."""
+
+    worker_id: str
+    epoch: int
+    pid: int
+    device: str
+    model: ModelInfo
+    engine: EngineStatus
+    events_published: int = 0
+    busy_request_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryStatus:
+    """The directory, now. ``incarnation`` changes when its actor restarts."""
+
+    incarnation: str
+    version: int
+    num_workers: int
+    num_base_blocks: int
+    num_residual_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """All of it, as the gateway sees it."""
+
+    version: str
+    workers: tuple[WorkerStatus, ...]
+    directory: DirectoryStatus | None
+    num_sessions: int
+    num_branches: int
+    adapters: tuple[AdapterInfo, ...] = field(default=())

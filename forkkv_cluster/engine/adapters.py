@@ -1,0 +1,261 @@
+"""PEFT LoRA adapters: read, checked against the model, fused, and kept in numbered slots."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.core.errors import InvalidArgument, NotFound, Unsupported
+from forkkv_cluster.core.ids import AdapterDigest
+from forkkv_cluster.core.request import AdapterInfo
+from forkkv_cluster.engine.digest import digest_files
+from forkkv_cluster.engine.layers.lora import FusedLora, LoraFactors, LoraPart, fuse
+from forkkv_cluster.engine.models.config import ModelConfig, read_json
+from forkkv_cluster.engine.safetensors_reader import SafetensorsReader
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_TENSOR_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<name>\w+))\.lora_(?P<factor>A\.weight|B\.weight|B\.bias)"
+)
+_A, _B, _BIAS = "A.weight", "B.weight", "B.bias"
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    # field of adapter_config.json, values that mean "off", what it is
+    ("use_dora", (None, False), "DoRA"),
+    ("bias", (None, "none"), "LoRA with trained biases"),
+    ("modules_to_save", (None, []), "fully trained modules beside the LoRA"),
+    ("loftq_config", (None, {}), "LoftQ (it changes the base weights)"),
+    ("fan_in_fan_out", (None, False), "transposed weights (fan_in_fan_out)"),
+    ("layer_replication", (None, []), "layer replication"),
+    ("megatron_config", (None,), "Megatron parallel layers"),
+    ("trainable_token_indices", (None, []), "trained token embeddings"),
+    ("target_parameters", (None, []), "LoRA on bare parameters"),
+    ("alora_invocation_tokens", (None, []), "activated LoRA (aLoRA)"),
+    ("use_qalora", (None, False), "QA-LoRA"),
+    ("use_bdlora", (None, False), "block-diagonal LoRA"),
+    ("arrow_config", (None,), "Arrow routing"),
+    ("kasa_config", (None,), "KaSA"),
+    ("velora_config", (None,), "VeLoRA"),
+    ("monteclora_config", (None,), "MonteCLoRA"),
+)
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerLora:
+    """One adapter in one layer; a group is None where it targets none of its modules."""
+
+    qkv: FusedLora | None
+    o: FusedLora | None
+    gate_up: FusedLora | None
+    down: FusedLora | None
+
+    @property
+    def k(self) -> LoraPart | None:
+        return self.qkv.parts.get("k_proj") if self.qkv else None
+
+    @property
+    def v(self) -> LoraPart | None:
+        return self.qkv.parts.get("v_proj") if self.qkv else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterWeights:
+    """A loaded adapter. ``residual_rank`` is the largest rank on k or v, 0 without LoRA on either; a bias counts one."""
+
+    info: AdapterInfo
+    layers: tuple[LayerLora, ...]
+    residual_rank: int
+
+
+class AdapterSlots:
+    """Loaded adapters by slot: a small int, taken lowest first and used again after ``remove``."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, AdapterWeights] = {}
+
+    def add(self, weights: AdapterWeights) -> int:
+        slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
+        self._slots[slot] = weights
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Raises NotFound when the slot is empty."""
+        self[slot]
+        del self._slots[slot]
+
+    def __getitem__(self, slot: int) -> AdapterWeights:
+        """Raises NotFound when the slot is empty."""
+        if slot not in self._slots:
+            raise NotFound("adapter slot", str(slot), "Load the adapter first.")
+        return self._slots[slot]
+
+
+def load_adapter(
+    name: str, path: str | Path, model: ModelConfig, geometry: KVGeometry, dtype: torch.dtype, device: torch.device
+) -> AdapterWeights:
+    """Read a PEFT directory and fuse its factors for ``model``.
+
+    Raises InvalidArgument for missing or corrupt files, a wrong dtype, or shapes of another base model (the tensor, its
+    shape and the expected one are named), and Unsupported for LoRA variants that are not plain LoRA.
+    """
+    directory = Path(path)
+    config = read_json(directory / CONFIG_FILE)
+    _refuse_variants(config)
+    factors = _read_factors(directory / WEIGHTS_FILE, config, model, dtype, device)
+    layers = tuple(_fuse_layer(factors.get(index, {}), model) for index in range(model.num_layers))
+    targeted = {module for layer in factors.values() for module in layer}
+    residual_rank = max((part.rank for layer in layers for part in (layer.k, layer.v) if part is not None), default=0)
+    residual_bytes = geometry.bytes_per_token(geometry.rank_class(residual_rank)) if residual_rank else 0
+    info = AdapterInfo(
+        name=name,
+        digest=AdapterDigest(digest_files([directory / CONFIG_FILE, directory / WEIGHTS_FILE])),
+        path=str(path),
+        lora_rank=max(len(part.a) for layer in factors.values() for part in layer.values()),
+        target_modules=tuple(module for module in module_shapes(model) if module in targeted),
+        residual_bytes_per_token=residual_bytes,
+    )
+    return AdapterWeights(info, layers, residual_rank)
+
+
+def module_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear module that a LoRA may target."""
+    q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    hidden, intermediate = model.hidden_size, model.intermediate_size
+    return {
+        "q_proj": (hidden, q_size),
+        "k_proj": (hidden, kv_size),
+        "v_proj": (hidden, kv_size),
+        "o_proj": (q_size, hidden),
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }
+
+
+def _refuse_variants(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise Unsupported("peft_type", config.get("peft_type"), "only LORA is supported", "Train a LoRA adapter.")
+    for key, off, feature in _REFUSED:
+        if config.get(key) not in off:
+            raise Unsupported(key, config[key], f"{feature} is not supported", "Train a plain LoRA adapter.")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise Unsupported("init_lora_weights", init, "changes the base weights, so the base cannot be shared",
+                          "Convert it to plain LoRA (PEFT: path_initial_model_for_weight_conversion).")  # fmt: skip
+
+
+def _read_factors(
+    path: Path, config: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> dict[int, dict[str, LoraFactors]]:
+    """layer -> module -> factors."""
+    found: dict[tuple[int, str, str], dict[str, Tensor]] = {}
+    with SafetensorsReader(path) as reader:
+        for tensor_name in reader.names:
+            match = _TENSOR_NAME.fullmatch(tensor_name)
+            if match is None or match["name"] not in module_shapes(model):
+                raise Unsupported("tensor", tensor_name, f"in {path} is not a LoRA factor of a supported module",
+                                  f"Target only {', '.join(module_shapes(model))}.")  # fmt: skip
+            key = (int(match["layer"]), match["name"], match["module"])
+            found.setdefault(key, {})[match["factor"]] = _floating(reader.read(tensor_name), tensor_name)
+    if not found:
+        raise InvalidArgument("path", str(path), "holds no LoRA factor", "Save the adapter again with peft.")
+    factors: dict[int, dict[str, LoraFactors]] = {}
+    for (layer, name, module), tensors in found.items():
+        _check_tensors(module, layer, tensors, config, model, module_shapes(model)[name])
+        factors.setdefault(layer, {})[name] = _scaled(module, tensors, config, dtype, device)
+    _check_targets(path, config, factors)
+    return factors
+
+
+def _scaled(
+    module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> LoraFactors:
+    """PEFT scales what comes out of B, its bias included; multiplied in fp32."""
+    a, bias = tensors[_A], tensors.get(_BIAS)
+    scaling = _scaling(module, config, len(a))
+    b = tensors[_B].float().t() * scaling
+    return LoraFactors(
+        a.to(device, dtype).contiguous(),
+        b.to(device, dtype).contiguous(),
+        (bias.float() * scaling).to(device, dtype) if bias is not None else None,
+    )
+
+
+def _floating(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dtype not in _FLOATING:
+        raise InvalidArgument("dtype", str(tensor.dtype).removeprefix("torch."), f"wrong dtype of adapter tensor {name}",
+                              "Save the adapter in float32, float16 or bfloat16.")  # fmt: skip
+    return tensor
+
+
+def _check_tensors(
+    module: str,
+    layer: int,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    model: ModelConfig,
+    shape: tuple[int, int],
+) -> None:
+    if layer >= model.num_layers:
+        raise InvalidArgument("tensor", module, f"the base model has {model.num_layers} layers",
+                              "Load an adapter that was trained on this base model.")  # fmt: skip
+    rank = _by_pattern(module, config.get("rank_pattern"), config.get("r"))
+    wanted: dict[str, tuple[Any, ...]] = {_A: (rank, shape[0]), _B: (shape[1], rank)}
+    if config.get("lora_bias"):
+        wanted[_BIAS] = (shape[1],)
+    elif _BIAS in tensors:
+        raise InvalidArgument("lora_bias", config.get("lora_bias"), f"does not go with tensor {module}.lora_{_BIAS}",
+                              "Use the adapter_config.json that belongs to these weights.")  # fmt: skip
+    for factor, expected in wanted.items():
+        if factor not in tensors:
+            raise InvalidArgument("tensor", f"{module}.lora_{factor}", "is missing", "Save the adapter again with peft.")
+        actual = tuple(tensors[factor].shape)
+        if actual != expected:
+            raise InvalidArgument("tensor", f"{module}.lora_{factor}", f"has shape {actual}, not {expected}",
+                                  "Load an adapter that was trained on this base model.")  # fmt: skip
+        if not torch.isfinite(tensors[factor]).all():
+            raise InvalidArgument("tensor", f"{module}.lora_{factor}", "holds NaN or infinity", "Train it again.")
+
+
+def _scaling(module: str, config: Mapping[str, Any], rank: int) -> float:
+    """s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    alpha = _by_pattern(module, config.get("alpha_pattern"), config.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise InvalidArgument("lora_alpha", alpha, "is not a number", "Mend adapter_config.json.")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the module's path, as PEFT picks it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _check_targets(path: Path, config: Mapping[str, Any], factors: Mapping[int, Mapping[str, object]]) -> None:
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):  # A regular expression: the tensors are the truth.
+        return
+    present = {module for layer in factors.values() for module in layer}
+    for target in targets:
+        if str(target).rsplit(".", 1)[-1] not in present:
+            raise InvalidArgument("target_modules", target, f"has no tensor in {path}", "Save the adapter again with peft.")
+
+
+def _fuse_layer(factors: Mapping[str, LoraFactors], model: ModelConfig) -> LayerLora:
+    out = {module: shape[1] for module, shape in module_shapes(model).items()}
+    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    return LayerLora(*(fuse(factors, {module: out[module] for module in group}) for group in groups))

@@ -1,0 +1,222 @@
+"""From frozen requests to decode state: checks that name the field, adapters claimed, context needs stated."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.tree_nodes import ResidualKey
+from forkkv_cluster.core.clock import Clock
+from forkkv_cluster.core.errors import DeadlineExceeded, InvalidArgument, NotFound, Unsupported
+from forkkv_cluster.core.request import AdapterRef, ContextRequest, GenerateRequest, ModelInfo, Sharing
+from forkkv_cluster.engine.adapter_registry import AdapterRegistry, LoadedAdapter
+from forkkv_cluster.engine.sequence import ContextNeeds, Demand, ResidualTarget, Turn, token_buffer
+
+_SHARED = (Sharing.RESIDUAL, Sharing.EAGER, Sharing.BASE)
+
+
+class Admission:
+    """Builds ``Turn`` and ``Demand``; on an error nothing is held."""
+
+    def __init__(self, model: ModelInfo, geometry: KVGeometry, kv_bytes: int, adapters: AdapterRegistry, clock: Clock) -> None:
+        self._model = model
+        self._geometry = geometry
+        self._kv_bytes = kv_bytes
+        self._adapters = adapters
+        self._clock = clock
+        self._arrivals = count()
+
+    def turn(self, request: GenerateRequest) -> Turn:
+        """Raises InvalidArgument, Unsupported, NotFound (adapter) or DeadlineExceeded."""
+        self._check_common(request)
+        request.sampling.validate(self._model.vocab_size)
+        _check_turn(request)
+        total = request.num_prompt_tokens + request.sampling.max_tokens
+        self._check_length(request, total)
+        held = _Held(self._adapters)
+        try:
+            adapter = held.acquire(request.adapter)
+            is_shared = adapter is not None and request.sharing in _SHARED and request.context_len > 0
+            needs = self._turn_needs(request, adapter, held) if is_shared and adapter is not None else None
+            self._check_memory(total, needs)
+        except BaseException:
+            held.release()
+            raise
+        residual = next((t.key for t in needs.required if t.adapter is adapter), None) if needs is not None else None
+        order = (int(request.priority), next(self._arrivals))
+        return Turn(request, order, adapter, residual, held.all(), needs, token_buffer(request), request.num_tokens)
+
+    def demand(self, request: ContextRequest) -> Demand:
+        """Raises InvalidArgument, Unsupported, NotFound (adapter) or DeadlineExceeded."""
+        self._check_common(request)
+        if request.sharing not in _SHARED:
+            raise InvalidArgument("sharing", str(request.sharing), "shares no context", "Use eager, residual or base.")
+        self._check_length(request, request.num_tokens)
+        held = _Held(self._adapters)
+        try:
+            required: tuple[ResidualTarget, ...] = ()
+            if request.sharing is Sharing.EAGER:
+                required = self._targets(request.declared, held)
+            needs = ContextNeeds(request.prefix, request.tokens, request.num_tokens, required)
+            self._check_memory(request.num_tokens, needs)
+        except BaseException:
+            held.release()
+            raise
+        return Demand(request, (int(request.priority), next(self._arrivals)), held.all(), needs)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_common(self, request: GenerateRequest | ContextRequest) -> None:
+        if request.deadline_s is not None and request.deadline_s <= self._clock.wall():
+            raise DeadlineExceeded(f"request {request.request_id} arrived after its deadline. Allow more time.")
+        if request.num_tokens == 0:
+            raise InvalidArgument("tokens", [], "is empty", "Send at least one token.")
+        if request.prefix.block_size != self._geometry.page_size:
+            raise InvalidArgument(
+                "block_size",
+                request.prefix.block_size,
+                f"is not the worker's page size {self._geometry.page_size}",
+                "Use one page_size in the whole cluster.",
+            )
+        low, high = int(request.tokens.min()), int(request.tokens.max())
+        if low < 0 or high >= self._model.vocab_size:
+            raise InvalidArgument(
+                "tokens",
+                low if low < 0 else high,
+                f"is outside the vocabulary of {self._model.vocab_size} tokens",
+                "Tokenise with this model's tokenizer.",
+            )
+
+    def _check_length(self, request: GenerateRequest | ContextRequest, total: int) -> None:
+        if total > self._model.max_model_len:
+            raise InvalidArgument(
+                "tokens",
+                total,
+                f"prompt and max_tokens exceed the model's {self._model.max_model_len} tokens",
+                "Shorten the prompt or lower max_tokens.",
+            )
+
+    def _check_memory(self, num_tokens: int, needs: ContextNeeds | None) -> None:
+        """Even an empty pool must hold the whole sequence, else it would wait for ever."""
+        size = self._geometry.page_size
+        wanted = (-(-num_tokens // size) + 1) * self._geometry.page_bytes(None)
+        if needs is not None:
+            pages = -(-needs.context_len // size)
+            wanted += sum(pages * self._geometry.page_bytes(t.key.rank_class) for t in needs.required)
+            # Slabs of each rank class are filled separately: one may be left open per class.
+            wanted += len({t.key.rank_class for t in needs.required}) * self._geometry.slab_bytes
+        total = self._geometry.num_slabs(self._kv_bytes) * self._geometry.slab_bytes
+        if wanted > total:
+            raise InvalidArgument(
+                "tokens",
+                num_tokens,
+                f"needs {wanted} bytes of KV, the worker has {total}",
+                "Shorten the prompt, lower max_tokens, or give the worker more kv_bytes.",
+            )
+
+    # --- context ----------------------------------------------------------------------------------------------------
+
+    def _turn_needs(self, request: GenerateRequest, adapter: LoadedAdapter, held: _Held) -> ContextNeeds:
+        own = self._target(adapter, request.sharing) if request.sharing is not Sharing.BASE else None
+        required = (own,) if own is not None else ()
+        optional: tuple[ResidualTarget, ...] = ()
+        if request.sharing is Sharing.EAGER:
+            optional = self._targets(request.declared, held, is_optional=True)
+        writer = held.acquire(request.writer)
+        is_own_pass = request.sharing is Sharing.RESIDUAL and own is not None
+        return ContextNeeds(
+            request.prefix,
+            request.tokens,
+            request.context_len,
+            required,
+            optional,
+            own=adapter if is_own_pass else None,
+            writer=self._target(writer, Sharing.RESIDUAL) if writer is not None else None,
+            writer_adapter=writer,
+        )
+
+    def _targets(self, refs: tuple[AdapterRef, ...], held: _Held, *, is_optional: bool = False) -> tuple[ResidualTarget, ...]:
+        """Residuals of the declared adapters; one that has been unloaded since concerns nobody but its own branches.
+
+        Nor does one that can have no residual, where they are optional; else raises Unsupported.
+        """
+        adapters = [adapter for ref in refs if (adapter := held.acquire_if_loaded(ref)) is not None]
+        if is_optional:
+            adapters = [adapter for adapter in adapters if self._is_additive(adapter)]
+        targets = (self._target(adapter, Sharing.EAGER) for adapter in adapters)
+        return tuple(t for t in targets if t is not None)
+
+    def _is_additive(self, adapter: LoadedAdapter) -> bool:
+        """Whether K of a shared token is the sum of the base's and the adapter's part: not after a norm."""
+        return not (self._model.has_qk_norm and "k_proj" in adapter.info.target_modules)
+
+    def _check_residual(self, adapter: LoadedAdapter, sharing: Sharing) -> None:
+        if not self._is_additive(adapter):
+            raise Unsupported(
+                "sharing",
+                str(sharing),
+                f"with adapter {adapter.info.name}, which changes k_proj, is not supported on a model with QK-norm",
+                "Use isolated or base, or an adapter without k_proj.",
+            )
+
+    def _target(self, adapter: LoadedAdapter, sharing: Sharing) -> ResidualTarget | None:
+        """How the adapter's residual is keyed; None without LoRA on k and v: its residual match is the base's."""
+        if adapter.residual_rank == 0:
+            return None
+        self._check_residual(adapter, sharing)
+        rank_class = self._geometry.rank_class(adapter.residual_rank)
+        return ResidualTarget(ResidualKey(adapter.info.digest, str(sharing), rank_class), adapter)
+
+
+class _Held:
+    """Adapters that one request uses, each acquired once and released together."""
+
+    def __init__(self, registry: AdapterRegistry) -> None:
+        self._registry = registry
+        self._adapters: dict[str, LoadedAdapter] = {}
+
+    def acquire(self, ref: AdapterRef | None) -> LoadedAdapter | None:
+        if ref is None:
+            return None
+        if ref.digest not in self._adapters:
+            self._adapters[ref.digest] = self._registry.acquire(ref)
+        return self._adapters[ref.digest]
+
+    def acquire_if_loaded(self, ref: AdapterRef) -> LoadedAdapter | None:
+        try:
+            return self.acquire(ref)
+        except NotFound:
+            return None
+
+    def all(self) -> tuple[LoadedAdapter, ...]:
+        return tuple(self._adapters.values())
+
+    def release(self) -> None:
+        for adapter in self._adapters.values():
+            self._registry.release(adapter)
+
+
+def _check_turn(request: GenerateRequest) -> None:
+    if request.sharing is Sharing.AUTO:
+        raise Unsupported("sharing", "auto", "is not available yet", "Use isolated, residual, eager or base.")
+    if not 0 <= request.context_len <= request.num_prompt_tokens:
+        raise InvalidArgument(
+            "context_len",
+            request.context_len,
+            f"is not from 0 to the prompt's {request.num_prompt_tokens} tokens",
+            "Fork inside the prompt.",
+        )
+    shares = request.adapter is not None and request.sharing in _SHARED
+    if shares and request.context_len == request.num_tokens:
+        raise InvalidArgument("append", [], "is empty on a branch without tokens of its own", "Append at least one token.")
+    if request.writer is not None and request.sharing is not Sharing.RESIDUAL:
+        raise InvalidArgument(
+            "writer", "first", f"goes with sharing residual, not {request.sharing}", "Use the canonical writer."
+        )
+    if request.num_resumed >= request.sampling.max_tokens:
+        raise InvalidArgument(
+            "num_resumed",
+            request.num_resumed,
+            f"leaves nothing of max_tokens {request.sampling.max_tokens}",
+            "The request has ended already.",
+        )

@@ -1,0 +1,172 @@
+"""Attention of one layer over the paged pools, by the step's plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from forkkv_kernels.ops.residual_attention import (
+    GroupResidual,
+    attend,
+    attend_grouped,
+    attend_padded,
+    attend_plain,
+    empty_partial,
+    finish_partial,
+    merge_partials_,
+    reconstruct_k,
+    reconstruct_v,
+)
+from torch import Tensor
+
+from forkkv_cluster.engine.adapters import AdapterSlots
+from forkkv_cluster.engine.attention_plan import (
+    AttentionPlan,
+    DecodeTile,
+    ExtendSpan,
+    PaddedTiles,
+    ResidualPiece,
+    Slots,
+    TileResidual,
+)
+from forkkv_cluster.engine.kv_buffers import KVBuffers
+from forkkv_cluster.engine.layers.rotary import RotaryTable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LayerResidual:
+    """One adapter's residual of one layer at some slots: a_k [S, r_k], b_k [r_k, Hkv, D]; likewise v. None: not targeted."""
+
+    a_k: Tensor | None
+    b_k: Tensor | None
+    a_v: Tensor | None
+    b_v: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PaddedTensors:
+    """``PaddedTiles`` on the device: rows [n], slots [n * longest], lengths [n] int64."""
+
+    rows: Tensor
+    slots: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, tiles: PaddedTiles, device: torch.device) -> _PaddedTensors:
+        rows, slots, lengths = (torch.from_numpy(x).to(device) for x in (tiles.rows, tiles.slots.reshape(-1), tiles.lengths))
+        return cls(rows, slots, lengths)
+
+    def take(self, pool: Tensor) -> Tensor:
+        """pool [slots, Hkv, D] -> [n, longest, Hkv, D]."""
+        return pool.index_select(0, self.slots).view(len(self.rows), -1, *pool.shape[1:])
+
+
+class PagedAttention:
+    """softmax(q K^T / sqrt(D)) V for every row of a step; K and V come from base and residual pages."""
+
+    def __init__(self, plan: AttentionPlan, kv: KVBuffers, adapters: AdapterSlots, rotary: RotaryTable) -> None:
+        self._plan = plan
+        self._kv = kv
+        self._adapters = adapters
+        self._rotary = rotary
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._decode_rows = torch.from_numpy(plan.decode_rows).to(kv.arena.device)
+        self._tiles = [(tile, *self._tile_tensors(tile)) for tile in plan.tiles]
+        self._padded = [_PaddedTensors.of(tiles, kv.arena.device) for tiles in plan.padded]
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """q [T, Hq, D] rotated -> [T, Hq, D]. Whatever this layer wrote in this step is visible."""
+        out = torch.empty_like(q)
+        rebuilt: dict[tuple[int, int, bytes, bytes], tuple[Tensor, Tensor]] = {}
+        for span in self._plan.extend:
+            out[span.row_start : span.row_end] = self._extend(layer, q[span.row_start : span.row_end], span, rebuilt)
+        if len(self._decode_rows):
+            out[self._decode_rows] = self._decode(layer, q[self._decode_rows]).to(q.dtype)
+        return out
+
+    def _extend(
+        self, layer: int, q: Tensor, span: ExtendSpan, rebuilt: dict[tuple[int, int, bytes, bytes], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        base_k, base_v = (_take(pool, span.slots) for pool in self._kv.base(layer))
+        if span.residual is not None:
+            if span.residual.key not in rebuilt:
+                end = span.residual.end
+                rebuilt[span.residual.key] = self._rebuild(layer, base_k[:end], base_v[:end], span.residual)
+            k, v = rebuilt[span.residual.key]
+            base_k, base_v = (torch.cat((k, base_k[len(k) :])), torch.cat((v, base_v[len(v) :])))
+        if span.start_pos == 0:
+            out: Tensor = attend(q, base_k, base_v, mask=None, is_causal=True)
+        else:
+            out = attend(q, base_k, base_v, mask=self._mask(span.start_pos, span.kv_len), is_causal=False)
+        return out
+
+    def _rebuild(self, layer: int, base_k: Tensor, base_v: Tensor, piece: ResidualPiece) -> tuple[Tensor, Tensor]:
+        residual = self._residual(layer, piece.adapter_slot, piece.slots)
+        k, v = base_k, base_v
+        if residual.a_k is not None and residual.b_k is not None:
+            k = reconstruct_k(base_k, residual.a_k, residual.b_k, self._rotary.rows[piece.start : piece.end])
+        if residual.a_v is not None and residual.b_v is not None:
+            v = reconstruct_v(base_v, residual.a_v, residual.b_v)
+        return k, v
+
+    def _decode(self, layer: int, q: Tensor) -> Tensor:
+        """q [N, Hq, D] of all decode rows -> [N, Hq, D] fp32."""
+        geometry = self._kv.geometry
+        group = q.shape[1] // geometry.num_kv_heads
+        by_head = (q * q.shape[-1] ** -0.5).view(len(q), geometry.num_kv_heads, group, -1).transpose(0, 1)
+        state = empty_partial(geometry.num_kv_heads, len(q), group, q.shape[-1], q.device)
+        base_k, base_v = self._kv.base(layer)
+        for tile, rows, hidden in self._tiles:
+            k, v = _take(base_k, tile.slots), _take(base_v, tile.slots)
+            if tile.residuals:
+                cos_sin = self._rotary.compact[tile.start : tile.end]
+                residuals = [self._group_residual(layer, residual) for residual in tile.residuals]
+                partial = attend_grouped(by_head[:, rows], k, v, cos_sin, residuals, hidden)
+            else:
+                partial = attend_plain(by_head[:, rows], k, v, hidden)
+            merge_partials_(state, partial, rows)
+        for padded in self._padded:
+            k, v = (padded.take(pool) for pool in (base_k, base_v))
+            merge_partials_(state, attend_padded(by_head[:, padded.rows], k, v, padded.lengths), padded.rows)
+        out: Tensor = finish_partial(state)
+        return out
+
+    def _group_residual(self, layer: int, tile: TileResidual) -> GroupResidual:
+        residual = self._residual(layer, tile.adapter_slot, tile.slots)
+        return GroupResidual(tile.row_start, tile.row_end, residual.a_k, residual.b_k, residual.a_v, residual.b_v)
+
+    def _residual(self, layer: int, adapter_slot: int, slots: Slots) -> _LayerResidual:
+        weights = self._adapters[adapter_slot]
+        lora, geometry = weights.layers[layer], self._kv.geometry
+        if weights.residual_rank == 0:
+            return _LayerResidual(None, None, None, None)
+        pools = self._kv.residual(layer, geometry.rank_class(weights.residual_rank))
+        factors: list[Tensor | None] = []
+        for pool, part in zip(pools, (lora.k, lora.v), strict=True):
+            if part is None:
+                factors += [None, None]
+            else:
+                b = part.b.view(part.rank, geometry.num_kv_heads, geometry.head_dim)
+                factors += [_take(pool[:, : part.rank], slots), b]
+        return _LayerResidual(*factors)
+
+    def _mask(self, start_pos: int, kv_len: int) -> Tensor:
+        """[rows, kv_len] bool, True where visible; built once for all layers."""
+        key = (start_pos, kv_len)
+        if key not in self._masks:
+            device = self._kv.arena.device
+            positions = torch.arange(start_pos, kv_len, device=device)
+            self._masks[key] = torch.arange(kv_len, device=device)[None, :] <= positions[:, None]
+        return self._masks[key]
+
+    def _tile_tensors(self, tile: DecodeTile) -> tuple[Tensor, Tensor | None]:
+        device = self._kv.arena.device
+        hidden = torch.from_numpy(tile.hidden).to(device) if tile.hidden is not None else None
+        return torch.from_numpy(tile.rows).to(device), hidden
+
+
+def _take(pool: Tensor, slots: Slots) -> Tensor:
+    """Rows of a pool: a view where the slots are consecutive, a copy where they are not."""
+    if isinstance(slots, slice):
+        return pool[slots]
+    return pool.index_select(0, torch.from_numpy(slots).to(pool.device))

@@ -1,0 +1,34 @@
+"""Running counts of one engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
+from forkkv_cluster.core.status import EngineCounters
+
+
+@dataclass(slots=True)
+class EngineCounts:
+    """What the engine itself counts; names and units as in ``EngineCounters``."""
+
+    num_steps: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    prefill_tokens_run: int = 0
+    output_tokens: int = 0
+    base_hit_tokens: int = 0
+    residual_hit_tokens: int = 0
+    useful_hit_tokens: int = 0
+    cow_copies: int = 0
+
+    def freeze(self, kv: KVCacheManager, num_preemptions: int) -> EngineCounters:
+        """With what the cache and the scheduler count, as a value."""
+        peak_base, peak_residual = kv.peak_bytes
+        return EngineCounters(
+            **asdict(self),
+            evictions=kv.num_evictions,
+            preemptions=num_preemptions,
+            peak_base_bytes=peak_base,
+            peak_residual_bytes=peak_residual,
+        )

@@ -1,0 +1,349 @@
+"""One accelerator, one process: requests in, ``StepOutput``s out.
+
+A step: expire and cancel, schedule, build the batch, run it, sample, commit. Everything happens on the caller's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
+from forkkv_cluster.core.clock import Clock, SystemClock
+from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig
+from forkkv_cluster.core.errors import AlreadyExists, Cancelled, DeadlineExceeded, ForkKVError, Internal, ResourceExhausted
+from forkkv_cluster.core.events import AdapterLoaded, AdapterUnloaded, CacheEvent
+from forkkv_cluster.core.ids import AdapterDigest, RequestId
+from forkkv_cluster.core.placement import WorkerLoad
+from forkkv_cluster.core.request import (
+    AdapterInfo,
+    ContextRequest,
+    FinishReason,
+    GenerateRequest,
+    Guide,
+    ModelInfo,
+    TokenChunk,
+    TokenLogprob,
+)
+from forkkv_cluster.core.status import EngineStatus
+from forkkv_cluster.engine.adapter_registry import AdapterRegistry
+from forkkv_cluster.engine.admission import Admission
+from forkkv_cluster.engine.batch import Batch
+from forkkv_cluster.engine.batch_builder import build_batch, in_row_order
+from forkkv_cluster.engine.counts import EngineCounts
+from forkkv_cluster.engine.outputs import Failure, StepOutput
+from forkkv_cluster.engine.sampling_row import SamplingRow
+from forkkv_cluster.engine.scheduler import Scheduler
+from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn, Waiting
+
+
+class SampledToken(Protocol):
+    """One sampled token. ``logprob`` is set when the request asks for log probabilities."""
+
+    @property
+    def token_id(self) -> int: ...
+
+    @property
+    def logprob(self) -> TokenLogprob | None: ...
+
+
+class Runner(Protocol):
+    """The device side: weights, page memory, one forward pass and the sampler."""
+
+    info: ModelInfo
+    geometry: KVGeometry
+
+    def allocate(self, kv_bytes: int) -> None: ...
+
+    def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]: ...
+
+    def unload_adapter(self, slot: int) -> None: ...
+
+    def residual_rank(self, slot: int) -> int: ...
+
+    def check_guide(self, guide: Guide) -> None:
+        """Raises Unsupported for one that this model's outputs cannot be held to."""
+        ...
+
+    def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> Sequence[SampledToken | None]:
+        """Run the batch and sample its logit rows; ``sampling`` [R] gives each row's params, position and tokens.
+
+        None for a row whose logits are not finite numbers.
+        """
+        ...
+
+
+class Engine:
+    """Continuous batching over one model and many adapters, with shared and residual KV.
+
+    Not thread-safe: all methods belong to one thread. Every request that ``add_request`` accepts ends in exactly one
+    terminal result: a chunk with a finish_reason, or a Failure.
+    """
+
+    def __init__(self, runner: Runner, kv_bytes: int, scheduler: SchedulerConfig, clock: Clock | None = None) -> None:
+        self._runner = runner
+        self._clock = clock or SystemClock()
+        runner.allocate(kv_bytes)
+        self._kv = KVCacheManager(runner.geometry, kv_bytes)
+        self._adapters = AdapterRegistry(runner)
+        self._scheduler = Scheduler(scheduler, self._kv)
+        self._admission = Admission(runner.info, runner.geometry, kv_bytes, self._adapters, self._clock)
+        self._live: dict[RequestId, Waiting] = {}
+        self._aborted: list[RequestId] = []
+        self._events: list[CacheEvent] = []
+        self._counts = EngineCounts()
+
+    @classmethod
+    def from_config(cls, config: ClusterConfig, clock: Clock | None = None) -> Engine:
+        """Load the configured model and adapters. Raises InvalidArgument or Unsupported that names the bad field."""
+        import torch  # Here: an engine over a fake runner needs no torch.
+
+        from forkkv_cluster.engine.torch_runner import TorchRunner
+
+        torch.set_num_threads(config.worker.num_threads)
+        runner = TorchRunner.from_config(config)
+        engine = cls(runner, config.cache.kv_bytes, config.scheduler, clock)
+        for adapter in config.adapters:
+            engine.load_adapter(adapter.name, adapter.path)
+        return engine
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return self._runner.info
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has something to do."""
+        return self._scheduler.has_work or bool(self._aborted or self._events)
+
+    def add_request(self, request: GenerateRequest | ContextRequest) -> None:
+        """Queue a request. Raises InvalidArgument, Unsupported, NotFound, AlreadyExists, ResourceExhausted or
+        DeadlineExceeded; then nothing is held."""
+        if request.request_id in self._live:
+            raise AlreadyExists("request", request.request_id, "Choose a fresh request id.")
+        if isinstance(request, GenerateRequest) and request.sampling.guide is not None:
+            self._runner.check_guide(request.sampling.guide)
+        entry: Waiting
+        entry = self._admission.turn(request) if isinstance(request, GenerateRequest) else self._admission.demand(request)
+        try:
+            self._scheduler.add(entry)
+        except ForkKVError:
+            self._release_adapters(entry)
+            raise
+        self._live[request.request_id] = entry
+
+    def abort(self, request_id: RequestId) -> None:
+        """Cancel a request; its Failure comes with the next step. Unknown or ended ones are ignored."""
+        if request_id in self._live:
+            self._aborted.append(request_id)
+
+    def step(self) -> StepOutput:
+        """One step of everything that can run."""
+        failures = [*self._cancel(), *self._expire()]
+        plan = self._scheduler.schedule()
+        chunks = [self._end_demand(demand) for demand in plan.completed]
+        for entry in plan.starved:
+            error = ResourceExhausted(
+                f"the shared context of request {entry.request_id} is evicted faster than it can be written. "
+                "Give the worker more kv_bytes, or run fewer sessions.",
+                retry_after_s=1.0,
+            )
+            failures.append(self._fail(entry, error))
+        if plan.work:
+            chunks += self._run(in_row_order(plan.work), failures)
+        return StepOutput(tuple(chunks), tuple(failures), self._take_events())
+
+    def _run(self, work: list[Scheduled], failures: list[Failure]) -> list[TokenChunk]:
+        batch = build_batch(work, self._runner.geometry.page_size)
+        ready = [s.item for s in work if isinstance(s.item, Turn) and s.end == s.item.num_tokens]
+        sampling = [
+            SamplingRow(t.request.sampling, t.num_tokens, t.tokens, t.request.num_prompt_tokens, t.request_id) for t in ready
+        ]
+        sampled = iter(self._runner.run(batch, sampling))
+        self._counts.num_steps += 1
+        self._counts.cow_copies += len(batch.tail_copies)
+        chunks = []
+        for scheduled in work:
+            if isinstance(scheduled.item, ContextPass):
+                self._commit_pass(scheduled.item, scheduled)
+                continue
+            outcome = self._commit_turn(scheduled.item, scheduled, sampled)
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            elif outcome is not None:
+                chunks.append(outcome)
+        return chunks
+
+    # --- commit -----------------------------------------------------------------------------------------------------
+
+    def _commit_pass(self, item: ContextPass, scheduled: Scheduled) -> None:
+        item.num_computed = scheduled.end
+        if item.is_charged:
+            item.owner.usage = item.owner.usage.plus_run(scheduled.num_rows)
+        self._counts.prefill_tokens_run += scheduled.num_rows
+        self._kv.commit_context(item.lease, scheduled.end)
+        if scheduled.end == item.num_tokens:
+            self._scheduler.finish(item)
+
+    def _commit_turn(
+        self, turn: Turn, scheduled: Scheduled, sampled: Iterator[SampledToken | None]
+    ) -> TokenChunk | Failure | None:
+        num_prompt = max(0, min(scheduled.end, turn.request.num_prompt_tokens) - scheduled.start)
+        turn.usage = turn.usage.plus_run(num_prompt)
+        self._counts.prefill_tokens_run += num_prompt
+        is_prefilled = scheduled.end == turn.num_tokens
+        token = next(sampled) if is_prefilled else None
+        if is_prefilled and token is None:
+            return self._fail_overflow(turn)
+        turn.num_computed = scheduled.end
+        if turn.lease is not None:
+            self._kv.commit(turn.lease, scheduled.end)
+        return self._append(turn, token) if token is not None else None
+
+    def _fail_overflow(self, turn: Turn) -> Failure:
+        """No token, as logits are no numbers or a guide gave up, ends its own request alone; its new pages are not filed."""
+        name = turn.request.adapter.name if turn.request.adapter is not None else self._runner.info.name
+        self._scheduler.finish(turn)
+        error = Internal(
+            f"no token could be sampled: the logits of {name!r} are not finite numbers, or the guide is too complex. "
+            "Check the weights, run in float32, or simplify the guide."
+        )
+        return self._fail(turn, error)
+
+    def _append(self, turn: Turn, sampled: SampledToken) -> TokenChunk:
+        turn.append(sampled.token_id)
+        self._counts.output_tokens += 1
+        reason, matched = self._finish_reason(turn, sampled.token_id)
+        usage = turn.usage if reason is not None or not turn.is_usage_sent else None
+        turn.is_usage_sent = True
+        if reason is not None:
+            self._scheduler.finish(turn)
+            self._end(turn)
+        return TokenChunk(
+            turn.request_id,
+            (sampled.token_id,),
+            (sampled.logprob,) if sampled.logprob is not None else (),
+            reason,
+            matched,
+            usage,
+        )
+
+    def _finish_reason(self, turn: Turn, token_id: int) -> tuple[FinishReason | None, int | None]:
+        sampling = turn.request.sampling
+        is_eos = token_id in self._runner.info.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token_id in sampling.stop_token_ids:
+            return FinishReason.STOP, token_id
+        if turn.num_generated >= sampling.max_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    # --- ends -------------------------------------------------------------------------------------------------------
+
+    def _end(self, entry: Waiting) -> None:
+        del self._live[entry.request_id]
+        self._release_adapters(entry)
+        self._counts.num_finished += 1
+        self._counts.base_hit_tokens += entry.usage.base_hit_tokens
+        self._counts.residual_hit_tokens += entry.usage.residual_hit_tokens
+        self._counts.useful_hit_tokens += entry.usage.useful_hit_tokens
+
+    def _end_demand(self, demand: Demand) -> TokenChunk:
+        self._end(demand)
+        return TokenChunk(demand.request_id, finish_reason=FinishReason.STOP, usage=demand.usage)
+
+    def _fail(self, entry: Waiting, error: ForkKVError) -> Failure:
+        del self._live[entry.request_id]
+        self._release_adapters(entry)
+        self._counts.num_failed += 1
+        return Failure(entry.request_id, error)
+
+    def _cancel(self) -> list[Failure]:
+        aborted, self._aborted = self._aborted, []
+        return [
+            self._take_out(self._live[request_id], Cancelled(f"request {request_id} was cancelled."))
+            for request_id in dict.fromkeys(aborted)
+            if request_id in self._live
+        ]
+
+    def _expire(self) -> list[Failure]:
+        now = self._clock.wall()
+        late = [e for e in self._live.values() if e.request.deadline_s is not None and e.request.deadline_s <= now]
+        return [
+            self._take_out(entry, DeadlineExceeded(f"request {entry.request_id} ran past its deadline. Allow more time."))
+            for entry in late
+        ]
+
+    def _take_out(self, entry: Waiting, error: ForkKVError) -> Failure:
+        self._scheduler.remove(entry.request_id)
+        return self._fail(entry, error)
+
+    def _release_adapters(self, entry: Waiting) -> None:
+        for adapter in entry.held:
+            self._note_unloaded(self._adapters.release(adapter))
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Load a PEFT directory under a name. Raises InvalidArgument, Unsupported or AlreadyExists."""
+        info, is_new = self._adapters.load(name, path)
+        if is_new:
+            self._events.append(AdapterLoaded(info.digest))
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget the name; requests under way finish with it. Raises NotFound."""
+        self._note_unloaded(self._adapters.unload(name))
+
+    def list_adapters(self) -> tuple[AdapterInfo, ...]:
+        return self._adapters.infos()
+
+    def _note_unloaded(self, digest: AdapterDigest | None) -> None:
+        if digest is not None:
+            self._events.append(AdapterUnloaded(digest))
+
+    # --- facts ------------------------------------------------------------------------------------------------------
+
+    def _take_events(self) -> tuple[CacheEvent, ...]:
+        own, self._events = self._events, []
+        return (*own, *self._kv.take_events())
+
+    def snapshot_events(self) -> tuple[CacheEvent, ...]:
+        """The whole cache as events, for a directory that lost track."""
+        return (*(AdapterLoaded(digest) for digest in self._adapters.digests()), *self._kv.snapshot_events())
+
+    def load(self) -> WorkerLoad:
+        """Load for the router, in blocks of page_size tokens."""
+        size = self._runner.geometry.page_size
+        waiting = sum(entry.request.num_tokens for entry in self._scheduler.waiting)
+        running = self._scheduler.running
+        queued = waiting + sum(item.num_tokens - item.num_computed for item in running)
+        attended = sum(item.num_computed for item in running if isinstance(item, Turn))
+        return WorkerLoad(
+            queued_prefill_blocks=queued / size,
+            decode_blocks=attended / size,
+            num_active=len(self._live),
+            free_bytes=self._kv.free_bytes,
+            total_bytes=self._kv.total_bytes,
+        )
+
+    def status(self) -> EngineStatus:
+        """What is held now and what has happened so far."""
+        pools = self._kv.pools()
+        return EngineStatus(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_pinned_pages=sum(pool.num_pinned for pool in pools),
+            kv_bytes_total=self._kv.total_bytes,
+            base_bytes_held=self._kv.base_bytes_held,
+            residual_bytes_held=self._kv.residual_bytes_held,
+            pools=pools,
+            counters=self._counts.freeze(self._kv, self._scheduler.num_preemptions),
+            adapters=self._adapters.infos(),
+        )
+
+    def check_invariants(self) -> None:
+        """Raise Internal if the bookkeeping of KV memory contradicts itself."""
+        self._kv.check_invariants()

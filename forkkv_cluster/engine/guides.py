@@ -1,0 +1,113 @@
+"""Output that keeps to a JSON schema or a regular expression: which tokens may come next, by llguidance.
+
+What is allowed follows from the guide and the generated tokens alone. Matchers are kept between steps to save work; one
+that is missing or behind (a resumed or preempted sequence, an evicted matcher) reads the tokens again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from forkkv_cluster.core.errors import Unsupported
+from forkkv_cluster.core.request import Guide, GuideKind
+from forkkv_cluster.engine.sampling_row import SamplingRow
+
+_MAX_MATCHERS = 512
+# Spaces as json.dumps writes them. Whitespace at will would let a model write it without end.
+_JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """A matcher that has read the first ``num_read`` generated tokens."""
+
+    matcher: LLMatcher
+    num_read: int = 0
+
+
+class Guides:
+    """Token masks of the sequences that have a guide. The tokenizer is read on first use."""
+
+    def __init__(self, directory: str | Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._directory = str(directory)
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._tokenizer: LLTokenizer | None = None
+        self._progress: OrderedDict[str, _Progress] = OrderedDict()
+
+    def check(self, guide: Guide) -> None:
+        """Raises Unsupported, with the reason, for a guide or a tokenizer that llguidance does not take."""
+        self._load_tokenizer()
+        try:
+            problem = LLMatcher.validate_grammar(_grammar(guide), self._tokenizer)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            reason = " ".join(problem.split())
+            raise Unsupported(guide.kind.value, guide.text, f"cannot be followed ({reason})", "Simplify it.")
+
+    def allowed(self, rows: Sequence[SamplingRow]) -> tuple[Tensor | None, list[int]]:
+        """Which tokens each row may draw, [R, V] bool on the CPU, and the rows whose matcher gave up (its limits).
+
+        None when no row has a guide.
+        """
+        guided = [i for i, row in enumerate(rows) if row.params.guide is not None]
+        if not guided:
+            return None, []
+        allowed = torch.ones(len(rows), self._vocab_size, dtype=torch.bool)
+        failed = []
+        for i in guided:
+            matcher = self._matcher(rows[i])
+            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            if matcher.is_error():
+                failed.append(i)
+            else:
+                bits = np.unpackbits(mask, bitorder="little")[: self._vocab_size]
+                allowed[i] = torch.from_numpy(bits.astype(bool))
+        return allowed, failed
+
+    def _matcher(self, row: SamplingRow) -> LLMatcher:
+        generated = row.generated
+        progress = self._progress.pop(row.request_id, None)
+        if progress is None or progress.num_read > len(generated):
+            if row.params.guide is None:
+                raise TypeError("a row without a guide has no matcher")
+            progress = _Progress(LLMatcher(self._load_tokenizer(), _grammar(row.params.guide), log_level=0))
+        if progress.num_read < len(generated):
+            progress.matcher.consume_tokens(generated[progress.num_read :].tolist())
+            progress.num_read = len(generated)
+        self._progress[row.request_id] = progress
+        if len(self._progress) > _MAX_MATCHERS:
+            self._progress.popitem(last=False)
+        return progress.matcher
+
+    def _load_tokenizer(self) -> LLTokenizer:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer  # Here: importing it takes seconds that most engines do not need.
+
+            if not self._eos_token_ids:
+                raise Unsupported("guide", None, "needs an end-of-sequence token, and this model names none", "Leave it out.")
+            try:
+                tokenizer: Any = AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
+                self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, self._vocab_size, self._eos_token_ids)
+            except (OSError, ValueError) as error:
+                problem = f"has no fast tokenizer, which guides need ({str(error).splitlines()[0]})"
+                raise Unsupported("guide", self._directory, problem, "Add tokenizer.json.") from None
+        return self._tokenizer
+
+
+def _grammar(guide: Guide) -> str:
+    """In llguidance's own notation. Raises ValueError for text that is not JSON."""
+    if guide.kind is GuideKind.REGEX:
+        return LLMatcher.grammar_from_regex(guide.text)
+    return LLMatcher.grammar_from_json_schema(guide.text, _JSON_OPTIONS)

@@ -1,0 +1,47 @@
+"""The KV arena of one worker as tensors. Sizes come from ``cache.geometry``, page ids from the cache's allocator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from forkkv_cluster.cache.geometry import KVGeometry
+
+
+class KVBuffers:
+    """One tensor [num_layers, 2, num_slabs * slab_elems]; every pool is a view of it.
+
+    A slot is page * page_size + offset. The arena is not cleared: a slot holds garbage until it is written, and a reader
+    touches only slots that were.
+    """
+
+    def __init__(self, geometry: KVGeometry, num_slabs: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.geometry = geometry
+        self.num_slabs = num_slabs
+        self.arena = torch.empty(
+            (geometry.num_layers, 2, num_slabs * geometry.slab_elems), dtype=dtype, device=device, requires_grad=False
+        )
+        self._base = self.arena.view(geometry.num_layers, 2, -1, geometry.num_kv_heads, geometry.head_dim)
+        self._residual = {c: self.arena.view(geometry.num_layers, 2, -1, c) for c in geometry.rank_classes}
+
+    def base(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K (rotated) and V of one layer by slot: [num_slots, Hkv, D] each, views."""
+        return self._base[layer, 0], self._base[layer, 1]
+
+    def residual(self, layer: int, rank_class: int) -> tuple[Tensor, Tensor]:
+        """x A_k and x A_v of one layer by slot: [num_slots, rank_class] each, views; columns beyond r_k, r_v are unused."""
+        view = self._residual[rank_class]
+        return view[layer, 0], view[layer, 1]
+
+    def copy_base(self, source_page: int, target_page: int, num_tokens: int) -> None:
+        """Copy the first ``num_tokens`` tokens of a base page, all layers."""
+        _copy_page(self._base, self.geometry.page_size, source_page, target_page, num_tokens)
+
+    def copy_residual(self, rank_class: int, source_page: int, target_page: int, num_tokens: int) -> None:
+        """Copy the first ``num_tokens`` tokens of a residual page of that rank class, all layers."""
+        _copy_page(self._residual[rank_class], self.geometry.page_size, source_page, target_page, num_tokens)
+
+
+def _copy_page(view: Tensor, page_size: int, source_page: int, target_page: int, num_tokens: int) -> None:
+    source, target = source_page * page_size, target_page * page_size
+    view[:, :, target : target + num_tokens] = view[:, :, source : source + num_tokens]

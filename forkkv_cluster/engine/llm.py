@@ -1,0 +1,259 @@
+"""The offline API: a model, its adapters and shared contexts in one process, without a server.
+
+    llm = LLM("./llama", adapters={"planner": "./planner"})
+    llm.generate(["Once", "Twice"], adapter="planner", max_tokens=32)
+    context = llm.context(document, adapters=["planner"])
+    branch = context.fork("a", adapter="planner")
+    branch.generate("Plan the first week.", max_tokens=64)
+    context.join(branch)
+
+Everything that one call is given runs at once, through continuous batching. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig, parse_config
+from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument, NotFound
+from forkkv_cluster.core.ids import new_id
+from forkkv_cluster.core.prefix import TokenArray
+from forkkv_cluster.core.request import (
+    AdapterRef,
+    FinishReason,
+    GenerateRequest,
+    PrefixUsage,
+    SamplingParams,
+    Sharing,
+    TokenLogprob,
+    token_array,
+)
+from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
+from forkkv_cluster.core.session import Session
+from forkkv_cluster.core.status import EngineStatus
+from forkkv_cluster.engine.engine import Engine
+from forkkv_cluster.engine.llm_context import LOCAL_TENANT, Branch, Context, new_session
+from forkkv_cluster.engine.local_runs import LocalRun, run_to_end
+
+__all__ = ["LLM", "Branch", "Completion", "Context", "Prompt"]
+
+Prompt: TypeAlias = str | Sequence[int] | TokenArray
+"""Text, or token ids [n]."""
+
+_NO_LIMIT = 2**31 - 1
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one prompt or turn brought. ``text`` is empty where the model directory holds no tokenizer."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    usage: PrefixUsage
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class LLM:
+    """One engine of this process. ``block_size`` and the tokenizer's directory belong to the engine's model."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        kv_bytes: int | str = "256MiB",
+        num_threads: int | None = None,
+    ) -> None:
+        """Load a Hugging Face directory and PEFT directories by name; ``num_threads`` None takes all cores.
+
+        Raises InvalidArgument or Unsupported that names the bad field. For every other setting: ``from_config``.
+        """
+        self._open(
+            parse_config(
+                {
+                    "model": {"path": str(model), "name": Path(model).name, "dtype": dtype, "device": device},
+                    "adapters": [{"name": name, "path": str(path)} for name, path in (adapters or {}).items()],
+                    "cache": {"kv_bytes": kv_bytes},
+                    # One caller, who waits for everything: there is nobody to be told to come again.
+                    "scheduler": SchedulerConfig(max_num_waiting=_NO_LIMIT).model_dump(),
+                    "worker": {"num_threads": num_threads or os.cpu_count() or 1},
+                }
+            )
+        )
+
+    @classmethod
+    def from_config(cls, config: ClusterConfig) -> LLM:
+        """From the model, adapters, cache, scheduler and worker sections of a cluster's configuration."""
+        llm = cls.__new__(cls)
+        llm._open(config)
+        return llm
+
+    def _open(self, config: ClusterConfig) -> None:
+        self.engine = Engine.from_config(config)
+        self._model_dir = config.model.path
+        # One owner of all pages: nobody to be kept apart, so that no salt is needed.
+        self._builder = RequestBuilder(
+            self.engine.model_info, block_size=config.cache.page_size, namespace_of=lambda tenant, group: f"{tenant}:{group}"
+        )
+
+    # --- generating -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        adapter: str | Sequence[str | None] | None = None,
+        sampling: SamplingParams | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Complete each prompt by itself: ``isolated``, its KV cached per adapter.
+
+        ``adapter`` is one name for all prompts, one for each, or None for the base model. ``options`` are fields of
+        ``SamplingParams``, over those of ``sampling``. Raises InvalidArgument or NotFound; then nothing has run.
+        """
+        if isinstance(prompts, str):
+            raise InvalidArgument("prompts", prompts, "is one prompt, not a list of them", "Put it into a list.")
+        names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != len(prompts):
+            raise InvalidArgument("adapter", names, f"does not fit {len(prompts)} prompts", "Name one, or one for each prompt.")
+        refs = [self.adapter_refs([name])[0] if name is not None else None for name in names]
+        params = sampling_params(sampling, options)
+        requests = [
+            self._builder.prompt(self.tokens(prompt, special=True), ref, PromptSharing(), params, _envelope())
+            for prompt, ref in zip(prompts, refs, strict=True)
+        ]
+        return self._run([self._local_run(request) for request in requests])
+
+    def generate_turns(
+        self, turns: Sequence[tuple[Branch, Prompt]], sampling: SamplingParams | None = None, **options: Any
+    ) -> list[Completion]:
+        """One turn on each of many branches, of any contexts, at once; ``options`` as for ``generate``.
+
+        The history of every branch grows by its turn. Raises FailedPrecondition for a branch named twice, or the error
+        of the first turn that failed; then no branch has changed.
+        """
+        if len({(id(branch.context), branch.name) for branch, _ in turns}) < len(turns):
+            raise FailedPrecondition("a branch runs one turn at a time, and this call names one twice. Call again for it.")
+        params = sampling_params(sampling, options)
+        appended = [self.tokens(prompt) for _, prompt in turns]
+        runs = []
+        for (branch, _), tokens in zip(turns, appended, strict=True):
+            session, state = branch.context.session, branch.state
+            state.check_turn(tokens)
+            runs.append(self._local_run(self._builder.turn(session, state, tokens, params, _envelope())))
+        completions = self._run(runs)
+        for (branch, _), tokens, completion in zip(turns, appended, completions, strict=True):
+            branch.context.finish_turn(branch.name, tokens, np.asarray(completion.token_ids, dtype=np.int32))
+        return completions
+
+    def _local_run(self, request: GenerateRequest) -> LocalRun:
+        return LocalRun(request, self.decode if request.sampling.stop else None)
+
+    def _run(self, runs: list[LocalRun]) -> list[Completion]:
+        run_to_end(self.engine, runs)
+        return [
+            Completion(
+                tuple(run.token_ids),
+                run.text if run.text is not None else self.decode(run.visible_ids),
+                run.finish_reason,
+                run.usage,
+                tuple(run.logprobs),
+            )
+            for run in runs
+        ]
+
+    # --- contexts ---------------------------------------------------------------------------------------------------
+
+    def context(self, prompt: Prompt, adapters: Sequence[str] = (), sharing: Sharing | str = Sharing.EAGER) -> Context:
+        """A shared context that ``adapters`` may fork. Its pass runs now, unless ``sharing`` is ``isolated``.
+
+        Raises InvalidArgument, Unsupported or NotFound.
+        """
+        tokens = self.tokens(prompt, special=True)
+        self._builder.check_context(tokens)
+        session = new_session(tokens, self.adapter_refs(adapters), sharing)
+        self.run_context_pass(session)
+        return Context(self, session)
+
+    def run_context_pass(self, session: Session) -> None:
+        """Write what is missing of the session's shared pages, as its sharing asks."""
+        if session.needs_context_pass:
+            request = self._builder.context_pass(
+                session.context, session.adapters, session.sharing, session.sharing_group, session.session_id, _envelope()
+            )
+            run_to_end(self.engine, [LocalRun(request)])
+
+    # --- adapters, tokens, facts ------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a PEFT directory. Raises InvalidArgument, Unsupported or AlreadyExists."""
+        self.engine.load_adapter(name, str(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises NotFound."""
+        self.engine.unload_adapter(name)
+
+    def adapter_refs(self, names: Sequence[str]) -> tuple[AdapterRef, ...]:
+        """Loaded adapters by name. Raises NotFound."""
+        loaded = {info.name: AdapterRef(info.name, info.digest) for info in self.engine.list_adapters()}
+        for name in names:
+            if name not in loaded:
+                raise NotFound("adapter", name, f"Loaded: {', '.join(loaded) or 'none'}. Load it first.")
+        return tuple(loaded[name] for name in names)
+
+    def tokens(self, prompt: Prompt, *, special: bool = False) -> TokenArray:
+        """[n] int32; ``special`` adds what the tokenizer puts before a text of its own. Raises InvalidArgument."""
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise InvalidArgument("prompt", prompt, "is text, and the model has no tokenizer", "Send token ids.")
+            prompt = self._tokenizer.encode(prompt, add_special_tokens=special)
+        return token_array(prompt, name="prompt", vocab_size=self.engine.model_info.vocab_size)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens; empty without a tokenizer."""
+        if self._tokenizer is None:
+            return ""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if not any((Path(self._model_dir) / name).exists() for name in _TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer  # Here: it takes seconds that token ids need not wait for.
+
+        try:
+            return AutoTokenizer.from_pretrained(self._model_dir, local_files_only=True)
+        except (OSError, ValueError) as error:
+            problem = f"holds no tokenizer that can be loaded ({str(error).splitlines()[0]})"
+            raise InvalidArgument("model", self._model_dir, problem, "Add tokenizer.json and tokenizer_config.json.") from None
+
+    def status(self) -> EngineStatus:
+        """What the engine holds and has counted."""
+        return self.engine.status()
+
+
+def _envelope() -> Envelope:
+    return Envelope(new_id("local"), LOCAL_TENANT)
+
+
+def sampling_params(sampling: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """``options`` over ``sampling``. Raises InvalidArgument for a name or a value that no request may have."""
+    known = [field.name for field in fields(SamplingParams)]
+    for name, value in options.items():
+        if name not in known:
+            raise InvalidArgument(name, value, "is not a sampling option", f"Known: {', '.join(known)}.")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    params = replace(sampling or SamplingParams(), **values)
+    params.validate()
+    return params

@@ -1,0 +1,145 @@
+"""One model on one device: runs a batch, knows nothing of requests, pages' owners or time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from forkkv_kernels.ops.residual_attention import reconstruct_k, reconstruct_v
+from torch import Tensor
+
+from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument, Unsupported
+from forkkv_cluster.core.request import AdapterInfo, ModelInfo
+from forkkv_cluster.engine.adapters import AdapterSlots, load_adapter
+from forkkv_cluster.engine.attention import PagedAttention
+from forkkv_cluster.engine.attention_plan import plan_attention
+from forkkv_cluster.engine.batch import Batch, TailCopy
+from forkkv_cluster.engine.kv_buffers import KVBuffers
+from forkkv_cluster.engine.layers.rotary import RotaryTable
+from forkkv_cluster.engine.model_loader import LoadedModel, load_model, resolve_device
+from forkkv_cluster.engine.models.config import ModelConfig
+from forkkv_cluster.engine.step_inputs import step_inputs
+
+
+class ModelRunner:
+    """Executes batches over paged base and residual KV. Not thread-safe: one engine thread drives it."""
+
+    def __init__(self, loaded: LoadedModel, *, name: str, page_size: int, max_model_len: int = 0, device: torch.device) -> None:
+        """``max_model_len`` tokens, 0 for the model's own limit.
+
+        Raises InvalidArgument for one beyond it, Unsupported for one at which the rotary frequencies follow the length.
+        """
+        config = loaded.config
+        _check_length(config, max_model_len or config.max_position)
+        self.config = config
+        self.dtype = loaded.dtype
+        self.geometry = KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, page_size, loaded.dtype.itemsize)
+        self.info = ModelInfo(
+            name=name,
+            digest=loaded.digest,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len or config.max_position,
+            base_bytes_per_token=self.geometry.base_bytes_per_token,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            eos_token_ids=config.eos_token_ids,
+            has_qk_norm=config.qk_norm,
+        )
+        self._model = loaded.model
+        self._device = device
+        self._rotary = RotaryTable(config.rope, config.head_dim, self.info.max_model_len, loaded.dtype, device)
+        self._adapters = AdapterSlots()
+        self._kv: KVBuffers | None = None
+
+    @classmethod
+    def from_directory(
+        cls, path: str | Path, *, name: str = "", dtype: str = "auto", device: str = "auto", page_size: int = 64,
+        max_model_len: int = 0, load_format: str = "auto",
+    ) -> Self:  # fmt: skip
+        """Load a checkpoint. ``name`` defaults to the directory's. Raises as ``model_loader.load_model``."""
+        torch_device = resolve_device(device)
+        loaded = load_model(path, dtype, torch_device, load_format)
+        return cls(loaded, name=name or Path(path).name, page_size=page_size, max_model_len=max_model_len, device=torch_device)
+
+    @property
+    def kv(self) -> KVBuffers:
+        """The arena. Raises FailedPrecondition before ``allocate``."""
+        if self._kv is None:
+            raise FailedPrecondition("the KV arena is not allocated. Call allocate(kv_bytes) first.")
+        return self._kv
+
+    def allocate(self, kv_bytes: int) -> None:
+        """Allocate the arena: as many whole slabs as fit. Raises InvalidArgument when not one does."""
+        self._kv = KVBuffers(self.geometry, self.geometry.num_slabs(kv_bytes), self.dtype, self._device)
+
+    def load_adapter(self, name: str, path: str | Path) -> tuple[int, AdapterInfo]:
+        """Load a PEFT directory into the lowest free slot. Raises as ``adapters.load_adapter``; nothing changes then."""
+        weights = load_adapter(name, path, self.config, self.geometry, self.dtype, self._device)
+        return self._adapters.add(weights), weights.info
+
+    def unload_adapter(self, slot: int) -> None:
+        """Free the slot. Raises NotFound when it is empty."""
+        self._adapters.remove(slot)
+
+    def residual_rank(self, slot: int) -> int:
+        """Largest rank on k or v, 0 without LoRA on either. Raises NotFound when the slot is empty."""
+        return self._adapters[slot].residual_rank
+
+    def rank_class(self, slot: int) -> int | None:
+        """Rank class of the adapter's residual pages, None when it has none. Raises NotFound when the slot is empty."""
+        rank = self.residual_rank(slot)
+        return self.geometry.rank_class(rank) if rank else None
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> Tensor:
+        """Copy tails, run all rows, write their KV; returns logits [R, V] fp32 of ``batch.logit_rows``.
+
+        Raises FailedPrecondition before ``allocate`` and NotFound for an adapter slot that is empty.
+        """
+        self._copy_tails(batch)
+        if batch.num_rows == 0:
+            return torch.empty(0, self.info.vocab_size)
+        step = step_inputs(batch, self._rotary, self._device)
+        plan = plan_attention(batch.attention, self.geometry.page_size)
+        attention = PagedAttention(plan, self.kv, self._adapters, self._rotary)
+        return self._model.forward(step, attention, self.kv, self._adapters)
+
+    def _copy_tails(self, batch: Batch) -> None:
+        for copy in batch.tail_copies:
+            self.kv.copy_base(copy.source_page, copy.target_page, copy.num_tokens)
+            if copy.adapter_slot is not None and copy.residual_page is not None:
+                self._merge_tail(copy, copy.adapter_slot, copy.residual_page)
+        for residual in batch.residual_tail_copies:
+            rank_class = self.rank_class(residual.adapter_slot)
+            if rank_class is not None:
+                self.kv.copy_residual(rank_class, residual.source_page, residual.target_page, residual.num_tokens)
+
+    def _merge_tail(self, copy: TailCopy, adapter_slot: int, residual_page: int) -> None:
+        """Add the adapter's part to the copied K and V of the target page, layer by layer."""
+        weights, rank_class = self._adapters[adapter_slot], self.rank_class(adapter_slot)
+        if rank_class is None:
+            return
+        size, heads = self.geometry.page_size, (self.geometry.num_kv_heads, self.geometry.head_dim)
+        target = slice(copy.target_page * size, copy.target_page * size + copy.num_tokens)
+        source = slice(residual_page * size, residual_page * size + copy.num_tokens)
+        cos_sin = self._rotary.rows[copy.start_pos : copy.start_pos + copy.num_tokens]
+        for index, layer in enumerate(weights.layers):
+            (k, v), (a_k, a_v) = self.kv.base(index), self.kv.residual(index, rank_class)
+            if layer.k is not None:
+                b_k = layer.k.b.view(layer.k.rank, *heads)
+                k[target] = reconstruct_k(k[target], a_k[source, : layer.k.rank], b_k, cos_sin)
+            if layer.v is not None:
+                b_v = layer.v.b.view(layer.v.rank, *heads)
+                v[target] = reconstruct_v(v[target], a_v[source, : layer.v.rank], b_v)
+
+
+def _check_length(config: ModelConfig, max_model_len: int) -> None:
+    fixed = config.rope.max_fixed_len
+    if fixed is not None and max_model_len > fixed:
+        # A cached, rotated K would depend on how long the sequence was that wrote it.
+        raise Unsupported("rope_type", config.rope.rope_type, f"changes with the length beyond {fixed} tokens",
+                          f"Set model.max_model_len to at most {fixed} (it is {max_model_len}).")  # fmt: skip
+    if max_model_len > config.max_position:
+        raise InvalidArgument("model.max_model_len", max_model_len, f"is beyond the model's {config.max_position}",
+                              "Lower it, or send 0 for the model's own limit.")  # fmt: skip

@@ -1,0 +1,69 @@
+"""The model runner with the sampler behind it: what an ``Engine`` drives on a real device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from forkkv_cluster.core.config import ClusterConfig
+from forkkv_cluster.core.errors import Unsupported
+from forkkv_cluster.core.request import Guide
+from forkkv_cluster.engine.batch import Batch
+from forkkv_cluster.engine.guides import Guides
+from forkkv_cluster.engine.model_runner import ModelRunner
+from forkkv_cluster.engine.sampler import SampledToken, sample
+from forkkv_cluster.engine.sampling_row import SamplingRow
+
+
+class TorchRunner(ModelRunner):
+    """One forward pass and one sampled token for each logit row."""
+
+    _guides: Guides | None = None
+
+    @classmethod
+    def from_directory(cls, path: str | Path, **options: Any) -> Self:
+        """As ``ModelRunner.from_directory``, with guides over the tokenizer of the same directory."""
+        runner = super().from_directory(path, **options)
+        runner._guides = Guides(path, runner.info.vocab_size, runner.info.eos_token_ids)
+        return runner
+
+    def check_guide(self, guide: Guide) -> None:
+        """Raises Unsupported, with the reason, for a guide that cannot be followed."""
+        if self._guides is None:
+            raise Unsupported(guide.kind.value, guide.text, "needs the model's tokenizer", "Load the model from a directory.")
+        self._guides.check(guide)
+
+    @classmethod
+    def from_config(cls, config: ClusterConfig) -> TorchRunner:
+        """Load the configured model. Raises InvalidArgument or Unsupported that names the bad field."""
+        runner = cls.from_directory(
+            config.model.path,
+            name=config.model.name,
+            dtype=config.model.dtype,
+            device=config.model.device,
+            page_size=config.cache.page_size,
+            max_model_len=config.model.max_model_len,
+            load_format=config.model.load_format,
+        )
+        if not isinstance(runner, cls):
+            raise TypeError(f"from_directory made a {type(runner).__name__}")
+        return runner
+
+    def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> list[SampledToken | None]:
+        """Run the batch; ``sampling`` [R] gives params, position and tokens of each logit row.
+
+        None stands for a row whose logits are not finite, as its adapter overflows, or whose guide gave up: neither is a
+        fault of other rows.
+        """
+        logits = self.execute(batch)
+        is_sound = torch.isfinite(logits).all(dim=-1)
+        allowed, failed = self._guides.allowed(sampling) if self._guides is not None else (None, [])
+        is_sound[failed] = False
+        if bool(is_sound.all()):
+            return list(sample(logits, sampling, self.info.eos_token_ids, allowed))
+        logits = torch.where(is_sound.unsqueeze(-1), logits, 0.0)
+        tokens = sample(logits, sampling, self.info.eos_token_ids, allowed)
+        return [token if sound else None for token, sound in zip(tokens, is_sound.tolist(), strict=True)]

@@ -1,0 +1,217 @@
+"""Every metric: name, kind, unit, labels and meaning in one table, and the Prometheus text that a gateway serves.
+
+Cluster metrics are read from a ``ClusterStatus`` when somebody asks, so they cost nothing in between. Gateway metrics
+are counted where requests pass. Units are in the names: ``_tokens``, ``_bytes``, ``_seconds``; counters end in ``_total``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from forkkv_cluster.core.status import ClusterStatus, WorkerStatus
+
+Sample = tuple[tuple[str, ...], float]
+"""(label values, value)."""
+
+_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_GAP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterMetric:
+    """One row of the table; ``samples`` reads it from a status. Counters are named without ``_total``."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    labels: tuple[str, ...]
+    help: str
+    samples: Callable[[ClusterStatus], Iterable[Sample]]
+
+
+def _of_workers(read: Callable[[WorkerStatus], float]) -> Callable[[ClusterStatus], Iterator[Sample]]:
+    return lambda status: (((worker.worker_id,), float(read(worker))) for worker in status.workers)
+
+
+def _pool_pages(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        for pool in worker.engine.pools:
+            pages = {"free": pool.num_free, "cached": pool.num_cached, "pinned": pool.num_pinned}
+            yield from (((worker.worker_id, pool.name, state), float(count)) for state, count in pages.items())
+
+
+def _hit_tokens(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        counters = worker.engine.counters
+        hits = {
+            "base": counters.base_hit_tokens,
+            "residual": counters.residual_hit_tokens,
+            "useful": counters.useful_hit_tokens,
+        }
+        yield from (((worker.worker_id, kind), float(count)) for kind, count in hits.items())
+
+
+def _kv_bytes(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        held = {"base": worker.engine.base_bytes_held, "residual": worker.engine.residual_bytes_held}
+        yield from (((worker.worker_id, kind), float(count)) for kind, count in held.items())
+
+
+def _directory_blocks(status: ClusterStatus) -> Iterator[Sample]:
+    if status.directory is not None:
+        yield ("base",), float(status.directory.num_base_blocks)
+        yield ("residual",), float(status.directory.num_residual_blocks)
+
+
+_W = ("worker",)
+
+CLUSTER_METRICS: tuple[ClusterMetric, ...] = (
+    ClusterMetric("forkkv_workers", "gauge", (), "Workers that answered.", lambda s: [((), float(len(s.workers)))]),
+    ClusterMetric("forkkv_sessions", "gauge", (), "Open sessions.", lambda s: [((), float(s.num_sessions))]),
+    ClusterMetric("forkkv_branches", "gauge", (), "Branches of open sessions.", lambda s: [((), float(s.num_branches))]),
+    ClusterMetric(
+        "forkkv_directory_up", "gauge", (), "1 when the directory answered.", lambda s: [((), float(s.directory is not None))]
+    ),
+    ClusterMetric("forkkv_directory_blocks", "gauge", ("kv",), "Blocks that the directory knows of.", _directory_blocks),
+    ClusterMetric(
+        "forkkv_running_requests", "gauge", _W, "Sequences in the running batch.", _of_workers(lambda w: w.engine.num_running)
+    ),
+    ClusterMetric(
+        "forkkv_waiting_requests", "gauge", _W, "Sequences waiting for admission.", _of_workers(lambda w: w.engine.num_waiting)
+    ),
+    ClusterMetric(
+        "forkkv_pinned_pages",
+        "gauge",
+        _W,
+        "Pages that running requests hold.",
+        _of_workers(lambda w: w.engine.num_pinned_pages),
+    ),
+    ClusterMetric("forkkv_pool_pages", "gauge", ("worker", "pool", "state"), "Pages by pool and state.", _pool_pages),
+    ClusterMetric("forkkv_kv_capacity_bytes", "gauge", _W, "KV memory.", _of_workers(lambda w: w.engine.kv_bytes_total)),
+    ClusterMetric("forkkv_kv_held_bytes", "gauge", ("worker", "kv"), "KV memory in use, cached pages included.", _kv_bytes),
+    ClusterMetric(
+        "forkkv_prefill_tokens",
+        "counter",
+        _W,
+        "Prompt tokens run through a layer stack, context passes included.",
+        _of_workers(lambda w: w.engine.counters.prefill_tokens_run),
+    ),
+    ClusterMetric(
+        "forkkv_output_tokens", "counter", _W, "Tokens generated.", _of_workers(lambda w: w.engine.counters.output_tokens)
+    ),
+    ClusterMetric("forkkv_hit_tokens", "counter", ("worker", "kv"), "Prompt tokens found in the cache.", _hit_tokens),
+    ClusterMetric("forkkv_engine_steps", "counter", _W, "Forward passes.", _of_workers(lambda w: w.engine.counters.num_steps)),
+    ClusterMetric(
+        "forkkv_finished_requests",
+        "counter",
+        _W,
+        "Requests that ended well.",
+        _of_workers(lambda w: w.engine.counters.num_finished),
+    ),
+    ClusterMetric(
+        "forkkv_failed_requests",
+        "counter",
+        _W,
+        "Requests that ended in an error, cancellation included.",
+        _of_workers(lambda w: w.engine.counters.num_failed),
+    ),
+    ClusterMetric(
+        "forkkv_cow_copies", "counter", _W, "Pages copied on write.", _of_workers(lambda w: w.engine.counters.cow_copies)
+    ),
+    ClusterMetric("forkkv_evictions", "counter", _W, "Pages evicted.", _of_workers(lambda w: w.engine.counters.evictions)),
+    ClusterMetric(
+        "forkkv_preemptions",
+        "counter",
+        _W,
+        "Running requests set back for want of pages.",
+        _of_workers(lambda w: w.engine.counters.preemptions),
+    ),
+    ClusterMetric(
+        "forkkv_events_published",
+        "counter",
+        _W,
+        "Cache events that the directory acknowledged.",
+        _of_workers(lambda w: w.events_published),
+    ),
+)
+
+
+class GatewayMetrics:
+    """What one gateway counts as requests pass. A registry of its own: tests and several gateways do not meet in it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "forkkv_gateway_requests", "Requests that ended, by method and status.", ("method", "code"), registry=self.registry
+        )
+        self._in_flight = Gauge("forkkv_gateway_in_flight_requests", "Requests in flight.", ("method",), registry=self.registry)
+        self._tokens = Counter(
+            "forkkv_gateway_tokens", "Tokens by direction (prompt, output).", ("direction",), registry=self.registry
+        )
+        self._resumes = Counter(
+            "forkkv_gateway_stream_resumes", "Broken streams resumed on another worker.", registry=self.registry
+        )
+        self._ttft = Histogram(
+            "forkkv_gateway_ttft_seconds", "Arrival to first token.", registry=self.registry, buckets=_LATENCY_BUCKETS_S
+        )
+        self._itl = Histogram(
+            "forkkv_gateway_itl_seconds",
+            "Time per output token after the first.",
+            registry=self.registry,
+            buckets=_GAP_BUCKETS_S,
+        )
+        self._e2e = Histogram(
+            "forkkv_gateway_request_seconds", "Arrival to end.", ("method",), registry=self.registry, buckets=_LATENCY_BUCKETS_S
+        )
+
+    def request_started(self, method: str) -> None:
+        self._in_flight.labels(method).inc()
+
+    def request_ended(self, method: str, code: str, elapsed_s: float) -> None:
+        """``code`` is ``OK`` or the error's gRPC status name."""
+        self._in_flight.labels(method).dec()
+        self._requests.labels(method, code).inc()
+        self._e2e.labels(method).observe(elapsed_s)
+
+    def tokens(self, *, num_prompt: int, num_output: int) -> None:
+        self._tokens.labels("prompt").inc(num_prompt)
+        self._tokens.labels("output").inc(num_output)
+
+    def first_token(self, ttft_s: float) -> None:
+        self._ttft.observe(ttft_s)
+
+    def later_tokens(self, num_tokens: int, elapsed_s: float) -> None:
+        """``num_tokens`` came ``elapsed_s`` after the chunk before them: streams are coalesced, so their mean counts."""
+        for _ in range(num_tokens):
+            self._itl.observe(elapsed_s / num_tokens)
+
+    def stream_resumed(self) -> None:
+        self._resumes.inc()
+
+
+class _StatusCollector(Collector):
+    def __init__(self, status: ClusterStatus) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in CLUSTER_METRICS:
+            kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = kind(metric.name, metric.help, labels=metric.labels)
+            for labels, value in metric.samples(self._status):
+                family.add_metric(labels, value)
+            yield family
+
+
+def render(status: ClusterStatus | None, gateway: GatewayMetrics) -> str:
+    """Prometheus text (format 0.0.4) of both; without a status, of the gateway alone."""
+    text = generate_latest(gateway.registry).decode()
+    if status is not None:
+        registry = CollectorRegistry()
+        registry.register(_StatusCollector(status))
+        text += generate_latest(registry).decode()
+    return text

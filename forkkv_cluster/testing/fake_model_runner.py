@@ -1,0 +1,138 @@
+"""A model runner without a model: every KV value records how it was made, so that any wrong page changes the tokens.
+
+A row's hidden state is a hash of its token, its position, whose LoRA ran on it and every KV value that it attended
+to; what it writes is derived from that state. So the next token depends, through the pages actually read, on the whole
+history of how the context was computed. An oracle can compute the same chain from the semantics alone, without pages,
+chunks or batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from forkkv_cluster.core.errors import InvalidArgument, Unsupported
+from forkkv_cluster.core.ids import AdapterDigest
+from forkkv_cluster.core.request import AdapterInfo, ModelInfo, TokenLogprob
+
+
+def mix(*parts: object) -> str:
+    """A hash of the parts, 16 hex characters."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def hidden_state(token: int, position: int, adapter: str | None, attended: Sequence[str]) -> str:
+    """State of one row: its token, position, active LoRA, and the values of all tokens before it."""
+    return mix("hidden", token, position, adapter, tuple(attended))
+
+
+def base_value(hidden: str, merged_adapter: str | None) -> str:
+    """What a row writes to a base page: the base product, or one adapter's merged K and V."""
+    return mix("base", hidden) if merged_adapter is None else mix("merged", hidden, merged_adapter)
+
+
+def residual_value(hidden: str, adapter: str) -> str:
+    return mix("residual", hidden, adapter)
+
+
+def read_value(base: str, residual: str | None) -> str:
+    """What attention sees of one token: base KV, plus a residual where there is one."""
+    return base if residual is None else mix("sum", base, residual)
+
+
+def next_token(hidden: str, vocab_size: int) -> int:
+    return int(hidden, 16) % vocab_size
+
+
+class FakeSample(NamedTuple):
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class _FakeAdapter:
+    digest: str
+    rank: int
+
+
+class FakeModelRunner:
+    """Runs ``engine.batch.Batch``es over dictionaries. Adapter paths look like ``fake:NAME:RANK``."""
+
+    def __init__(self, geometry: Any, *, vocab_size: int = 97, max_model_len: int = 4096, eos: tuple[int, ...] = ()) -> None:
+        self.geometry = geometry
+        self.info = ModelInfo("fake", "fake-digest", vocab_size, max_model_len, geometry.base_bytes_per_token, "float32", eos)
+        self.base: dict[int, str] = {}
+        self.residuals: dict[tuple[int, int], str] = {}  # (rank class, slot) -> value
+        self.num_rows_run = 0
+        self._adapters: dict[int, _FakeAdapter] = {}
+
+    def allocate(self, kv_bytes: int) -> None:
+        self.base.clear()
+        self.residuals.clear()
+
+    def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]:
+        kind, _, rest = path.partition(":")
+        content, _, rank = rest.partition(":")
+        if kind != "fake" or not rank.isdigit():
+            raise InvalidArgument("path", path, "is not a fake adapter", "Write fake:NAME:RANK.")
+        slot = next(i for i in range(len(self._adapters) + 1) if i not in self._adapters)
+        self._adapters[slot] = _FakeAdapter(content, int(rank))
+        info = AdapterInfo(name, AdapterDigest(content), path, int(rank), ("k_proj", "v_proj"), int(rank) * 4)
+        return slot, info
+
+    def unload_adapter(self, slot: int) -> None:
+        del self._adapters[slot]
+
+    def residual_rank(self, slot: int) -> int:
+        return self._adapters[slot].rank
+
+    def check_guide(self, guide: Any) -> None:
+        raise Unsupported(guide.kind.value, guide.text, "this fake has no tokenizer", "Use a real engine.")
+
+    def run(self, batch: Any, sampling: Sequence[tuple[Any, int]]) -> list[FakeSample]:
+        """Run the rows one by one, in the order of their positions within each span."""
+        for copy in batch.tail_copies:
+            self._copy_tail(copy)
+        self.num_rows_run += batch.num_rows
+        active = {row: s.adapter_slot for s in batch.lora_segments for row in range(s.row_start, s.row_end)}
+        hidden: dict[int, str] = {}
+        for span in batch.attention:
+            for row in range(span.row_start, span.row_end):
+                hidden[row] = self._run_row(batch, span, row, active)
+        return [FakeSample(next_token(hidden[int(row)], self.info.vocab_size), None) for row in batch.logit_rows]
+
+    def _run_row(self, batch: Any, span: Any, row: int, active: dict[int, int]) -> str:
+        position = int(batch.positions[row])
+        adapter = self._adapters[active[row]].digest if row in active else None
+        attended = [self._read(span, p) for p in range(position)]
+        state = hidden_state(int(batch.token_ids[row]), position, adapter, attended)
+        for where in (batch.base_rows == row).nonzero()[0]:
+            merged = None if row in batch.plain_rows else adapter
+            self.base[int(batch.base_slots[where])] = base_value(state, merged)
+        for write in batch.residual_writes:
+            target = self._adapters[write.adapter_slot]
+            for where in (write.rows == row).nonzero()[0]:
+                key = (self.geometry.rank_class(target.rank), int(write.slots[where]))
+                self.residuals[key] = residual_value(state, target.digest)
+        return state
+
+    def _read(self, span: Any, position: int) -> str:
+        size = self.geometry.page_size
+        base = self.base[int(span.pages[position // size]) * size + position % size]
+        read = span.residual
+        if read is None or position >= read.num_tokens:
+            return base
+        rank_class = self.geometry.rank_class(self._adapters[read.adapter_slot].rank)
+        slot = int(read.pages[position // size]) * size + position % size
+        return read_value(base, self.residuals[rank_class, slot])
+
+    def _copy_tail(self, copy: Any) -> None:
+        size = self.geometry.page_size
+        for offset in range(copy.num_tokens):
+            value = self.base[copy.source_page * size + offset]
+            if copy.adapter_slot is not None:
+                rank_class = self.geometry.rank_class(self._adapters[copy.adapter_slot].rank)
+                value = read_value(value, self.residuals[rank_class, copy.residual_page * size + offset])
+            self.base[copy.target_page * size + offset] = value

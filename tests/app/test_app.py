@@ -1,0 +1,69 @@
+"""Composition without a cluster: what a configuration comes to."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from ray.serve import Application
+
+from forkkv_cluster.app import RunningCluster, build_app, free_port, resolve_config, serve_app
+from forkkv_cluster.core.config import ClusterConfig, parse_config
+from forkkv_cluster.core.errors import InvalidArgument
+from forkkv_cluster.testing.tiny_models import TinyKit
+
+
+def config_of(tiny_kit: TinyKit, **sections: object) -> ClusterConfig:
+    adapters = [{"name": "planner", "path": str(tiny_kit.adapter_dirs["planner"])}]
+    return parse_config({"model": {"path": str(tiny_kit.model_dir)}, "adapters": adapters, **sections})
+
+
+def test_paths_become_absolute_and_the_model_gets_a_name(
+    tiny_kit: TinyKit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve_config(config_of(tiny_kit))
+    assert config.model.name == tiny_kit.model_dir.name
+    assert config.gateway.session_store == f"sqlite:{tmp_path}/.forkkv/sessions.sqlite"
+
+
+def test_without_a_model_the_embedded_one_is_built_with_its_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve_config(ClusterConfig())
+    assert Path(config.model.path).is_relative_to(tmp_path)
+    assert "random" in config.model.name
+    assert len(config.adapters) >= 4
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        ({"model": {"path": "/nowhere"}}, "model.path"),
+        ({"adapters": [{"name": "lost", "path": "/nowhere"}]}, "adapters.lost.path"),
+    ],
+)
+def test_a_missing_directory_is_named_before_anything_starts(tiny_kit: TinyKit, raw: dict[str, object], field: str) -> None:
+    config = parse_config({"model": {"path": str(tiny_kit.model_dir)}, **raw})
+    with pytest.raises(InvalidArgument) as caught:
+        build_app(config)
+    assert caught.value.field == field
+
+
+def test_an_application_is_built_without_a_cluster(tiny_kit: TinyKit) -> None:
+    assert isinstance(build_app(config_of(tiny_kit)), Application)
+
+
+def test_serve_can_parse_the_arguments_of_the_builder() -> None:
+    (parameter,) = inspect.signature(serve_app).parameters.values()
+    assert parameter.annotation is ClusterConfig
+
+
+def test_a_cluster_that_listens_everywhere_is_reached_on_loopback() -> None:
+    server = {"host": "0.0.0.0", "http_port": 8001, "grpc_port": 9001}
+    cluster = RunningCluster(parse_config({"server": server}), owns_ray=False)
+    assert (cluster.http_url, cluster.grpc_address) == ("http://127.0.0.1:8001", "127.0.0.1:9001")
+
+
+def test_a_free_port_can_be_bound() -> None:
+    assert 0 < free_port() < 65536

@@ -1,0 +1,79 @@
+"""The command line as far as it goes without a cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from forkkv_cluster.__main__ import banner, cli, merged_config, parse_adapter
+from forkkv_cluster.core.config import ClusterConfig, parse_config
+from forkkv_cluster.core.errors import InvalidArgument
+
+runner = CliRunner()
+
+
+def test_the_printed_configuration_is_the_default_one() -> None:
+    text = runner.invoke(cli, ["config"]).output
+    assert parse_config(yaml.safe_load(text)) == ClusterConfig()
+
+
+def test_every_key_is_explained() -> None:
+    lines = runner.invoke(cli, ["config"]).output.splitlines()
+    keys = [index for index, line in enumerate(lines) if line and not line.lstrip().startswith("#")]
+    assert len(keys) > 30
+    assert all(lines[index - 1].lstrip().startswith("# ") and "None" not in lines[index - 1] for index in keys)
+
+
+def test_a_file_is_checked_and_its_mistake_named(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("cache:\n  page_sise: 16\n")
+    result = runner.invoke(cli, ["config", "--check", str(path)])
+    assert result.exit_code == 2
+    assert "page_sise" in result.stderr
+    path.write_text("cache:\n  page_size: 16\n")
+    assert json.loads(runner.invoke(cli, ["config", "--check", str(path)]).output)["cache"]["page_size"] == 16
+
+
+def test_options_win_over_the_file() -> None:
+    base = parse_config({"server": {"http_port": 1}, "adapters": [{"name": "a", "path": "/old"}]})
+    overrides = {"server": {"http_port": 2, "host": None}, "cache": {"kv_bytes": "1MiB"}}
+    config = merged_config(base, overrides, ["a=/new", "b=/b"])
+    assert (config.server.http_port, config.server.host, config.cache.kv_bytes) == (2, "127.0.0.1", 2**20)
+    assert [(adapter.name, adapter.path) for adapter in config.adapters] == [("a", "/new"), ("b", "/b")]
+
+
+def test_a_bad_option_is_named_as_in_a_file() -> None:
+    result = runner.invoke(cli, ["serve", "--kv-bytes", "lots"])
+    assert result.exit_code == 2
+    assert "kv_bytes" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["planner", "=dir", "planner=", ""])
+def test_an_adapter_is_name_and_directory(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="NAME=DIR"):
+        parse_adapter(text)
+
+
+def test_a_cluster_that_is_not_there_is_one_line_and_exit_1() -> None:
+    for command in (["status"], ["generate", "Hello"]):
+        result = runner.invoke(cli, [*command, "--address", "127.0.0.1:1"])
+        assert result.exit_code == 1
+        assert "UNAVAILABLE" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_the_banner_names_both_endpoints() -> None:
+    text = str(banner(ClusterConfig(), "http://127.0.0.1:8000", "127.0.0.1:9000").renderable)
+    assert "http://127.0.0.1:8000/v1" in text
+    assert "127.0.0.1:9000" in text
+
+
+def test_every_command_explains_itself() -> None:
+    for command in ("serve", "status", "generate", "config", "bench"):
+        result = runner.invoke(cli, [command, "--help"])
+        assert result.exit_code == 0
+        assert len(result.output) > 200

@@ -1,0 +1,160 @@
+"""Spans, sharing and page identity of requests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from forkkv_cluster.core.errors import InvalidArgument, Unsupported
+from forkkv_cluster.core.ids import AdapterDigest
+from forkkv_cluster.core.prefix import TokenArray
+from forkkv_cluster.core.request import AdapterRef, GenerateRequest, ModelInfo, SamplingParams, Sharing, WriterMode
+from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
+from forkkv_cluster.core.session import BranchSpec, Session
+
+PLANNER = AdapterRef("planner", AdapterDigest("a" * 32))
+CRITIC = AdapterRef("critic", AdapterDigest("b" * 32))
+MODEL = ModelInfo("tiny", "m" * 32, 300, 512, 64, "float32")
+ENVELOPE = Envelope("request-1", "tenant")
+BUILDER = RequestBuilder(MODEL, block_size=4, namespace_of="{}/{}".format)
+
+
+def tokens(*values: int) -> TokenArray:
+    return np.asarray(values, dtype=np.int32)
+
+
+def session(sharing: Sharing = Sharing.EAGER, writer: WriterMode = WriterMode.CANONICAL) -> Session:
+    context = np.arange(10, dtype=np.int32)
+    empty = Session("s", "tenant", context, (PLANNER, CRITIC), sharing, writer, 0.0)
+    return empty.fork((BranchSpec("p", "planner"), BranchSpec("c", "critic"), BranchSpec("base")))
+
+
+def turn(name: str = "p", sharing: Sharing = Sharing.EAGER, own: TokenArray | None = None) -> GenerateRequest:
+    state = session(sharing)
+    if own is not None:
+        state = state.finish_turn(name, own, tokens(50))
+    return BUILDER.turn(state, state.branch(name), tokens(21, 22), SamplingParams(max_tokens=8), ENVELOPE)
+
+
+def test_a_turn_holds_context_own_tokens_and_what_it_appends() -> None:
+    request = turn(own=tokens(11, 12))
+    assert request.tokens.tolist() == [*range(10), 11, 12, 50, 21, 22]
+    assert request.tokens.dtype == np.int32
+    assert (request.context_len, request.num_resumed, request.declared) == (10, 0, (PLANNER, CRITIC))
+
+
+def test_branches_of_different_adapters_share_the_context_chain_and_nothing_else() -> None:
+    planner, critic = turn("p").prefix, turn("c").prefix
+    assert planner.context == critic.context
+    assert len(planner.context) == 2
+    assert not set(planner.own) & set(critic.own)
+
+
+def test_isolated_branches_share_nothing() -> None:
+    planner, critic = turn("p", Sharing.ISOLATED), turn("c", Sharing.ISOLATED)
+    assert planner.context_len == 0
+    assert not set(planner.prefix.all_hashes) & set(critic.prefix.all_hashes)
+
+
+def test_an_isolated_base_branch_still_reads_the_canonical_pages() -> None:
+    assert turn("base", Sharing.ISOLATED).prefix.context[:2] == turn("p").prefix.context
+
+
+def test_a_resumed_request_gains_a_third_span_and_keeps_the_rest() -> None:
+    first = turn()
+    second = BUILDER.resumed(first, [31, 32, 33], 1, ["worker-1"])
+    assert second.tokens.tolist() == [*first.tokens.tolist(), 31, 32, 33]
+    assert second.num_resumed == 3
+    assert second.num_prompt_tokens == first.num_prompt_tokens
+    assert second.sampling == first.sampling
+    assert second.prefix.context == first.prefix.context
+    assert second.prefix.own[: len(first.prefix.own)] == first.prefix.own
+    assert second.excluded_workers == ("worker-1",)
+    assert second.request_id != first.request_id
+
+
+def test_a_request_resumed_twice_is_as_one_resumed_once_with_all_tokens() -> None:
+    first = turn()
+    once = BUILDER.resumed(first, [31, 32, 33], 1)
+    twice = BUILDER.resumed(BUILDER.resumed(first, [31], 1), [31, 32, 33], 2)
+    assert once.tokens.tolist() == twice.tokens.tolist()
+    assert once.prefix == twice.prefix
+    assert twice.num_resumed == 3
+
+
+def test_a_context_pass_has_the_chain_that_branches_will_ask_for() -> None:
+    state = session()
+    request = BUILDER.context_pass(state.context, state.adapters, Sharing.EAGER, "", "s", ENVELOPE)
+    assert request.prefix.context == turn().prefix.context
+
+
+def test_another_group_has_other_pages() -> None:
+    state = session()
+    request = BUILDER.context_pass(state.context, state.adapters, Sharing.EAGER, "team", "s", ENVELOPE)
+    assert request.prefix.context != turn().prefix.context
+
+
+def test_the_first_writer_is_part_of_what_the_pages_are() -> None:
+    state = session(sharing=Sharing.RESIDUAL, writer=WriterMode.FIRST)
+    request = BUILDER.turn(state, state.branch("c"), tokens(21), SamplingParams(), ENVELOPE)
+    assert request.writer == PLANNER
+    assert request.prefix.context != turn("c").prefix.context
+
+
+def test_branches_of_other_modes_read_what_the_base_model_wrote() -> None:
+    state = session(sharing=Sharing.EAGER, writer=WriterMode.FIRST)
+    request = BUILDER.turn(state, state.branch("c"), tokens(21), SamplingParams(), ENVELOPE)
+    assert request.writer is None
+    assert request.prefix.context == turn("c").prefix.context
+
+
+def test_a_stateless_request_is_isolated() -> None:
+    request = BUILDER.prompt(tokens(*range(9)), PLANNER, PromptSharing(), SamplingParams(), ENVELOPE)
+    assert (request.sharing, request.context_len, request.declared) == (Sharing.ISOLATED, 0, (PLANNER,))
+
+
+def test_a_stateless_request_shares_up_to_its_fork_point() -> None:
+    choice = PromptSharing(Sharing.EAGER, 8)
+    request = BUILDER.prompt(tokens(*range(9)), PLANNER, choice, SamplingParams(), ENVELOPE)
+    assert request.context_len == 8
+    assert request.prefix.context == turn().prefix.context
+
+
+@pytest.mark.parametrize(
+    ("choice", "field"),
+    [
+        (PromptSharing(sharing=Sharing.EAGER), "sharing"),
+        (PromptSharing(shared_prefix_tokens=3), "shared_prefix_tokens"),
+        (PromptSharing(sharing=Sharing.EAGER, shared_prefix_tokens=9), "shared_prefix_tokens"),
+        (PromptSharing(sharing=Sharing.EAGER, shared_prefix_tokens=-1), "shared_prefix_tokens"),
+    ],
+)
+def test_a_fork_point_that_makes_no_sense_is_refused(choice: PromptSharing, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        BUILDER.prompt(tokens(*range(9)), PLANNER, choice, SamplingParams(), ENVELOPE)
+    assert caught.value.field == field
+
+
+def test_auto_is_refused_by_name() -> None:
+    choice = PromptSharing(sharing=Sharing.AUTO, shared_prefix_tokens=1)
+    with pytest.raises(Unsupported, match="auto"):
+        BUILDER.prompt(tokens(1, 2), None, choice, SamplingParams(), ENVELOPE)
+
+
+def test_the_limit_is_what_was_asked_or_the_default_cut_to_what_fits() -> None:
+    assert BUILDER.max_tokens(500, 12, default=16) == 500
+    assert BUILDER.max_tokens(None, 12, default=16) == 16
+    assert BUILDER.max_tokens(None, MODEL.max_model_len - 3, default=16) == 3
+
+
+@pytest.mark.parametrize(("asked", "num_prompt", "field"), [(500, 13, "max_tokens"), (None, MODEL.max_model_len, "prompt")])
+def test_what_does_not_fit_the_model_is_refused(asked: int | None, num_prompt: int, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        BUILDER.max_tokens(asked, num_prompt, default=16)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("length", [0, MODEL.max_model_len - 1])
+def test_a_context_without_room_for_a_branch_is_refused(length: int) -> None:
+    with pytest.raises(InvalidArgument, match="context"):
+        BUILDER.check_context(np.zeros(length, dtype=np.int32))

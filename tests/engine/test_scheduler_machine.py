@@ -1,0 +1,144 @@
+"""A stateful test of engine, scheduler and cache together: whatever happens, tokens follow the semantics.
+
+Random sessions over a tiny pool and a small vocabulary (prefixes collide all the time), with context passes, forks,
+turns, joins, cancels, deadlines and adapter reloads. Every finished turn must equal the page-free recurrence.
+"""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from forkkv_cluster.core.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted
+from tests.engine.harness import FakeEngine
+from tests.engine.recurrence import expected_tokens
+
+SHARINGS = ("isolated", "residual", "eager", "base")
+ADAPTERS = ("a8", "b8", "c16", "n0", None)
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=5)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """``expected``: request id -> what it must answer; ``histories``: (context, own so far, adapter, sharing) of branches."""
+
+    @initialize(page_size=st.sampled_from([1, 2, 4]), num_slabs=st.integers(40, 60), batch=st.sampled_from([3, 8, 64]))
+    def start(self, page_size: int, num_slabs: int, batch: int) -> None:
+        self.fake = FakeEngine(page_size=page_size, num_slabs=num_slabs, max_num_batched_tokens=batch, max_num_seqs=4)
+        self.contexts: list[list[int]] = [[0, 1, 2, 0, 1, 2, 0]]
+        self.expected: dict[str, list[int]] = {}
+        self.excused: set[str] = set()
+        self.histories: list[tuple[list[int], list[int], str | None, str]] = []
+
+    @rule(tail=tokens)
+    def extend_a_context(self, tail: list[int]) -> None:
+        self.contexts.append([*self.contexts[-1], *tail][:40])
+
+    @rule(data=st.data(), declared=st.sets(st.sampled_from(["a8", "b8", "c16", "n0"])))
+    def run_a_context_pass(self, data: st.DataObject, declared: set[str]) -> None:
+        context = data.draw(st.sampled_from(self.contexts))
+        sharing = data.draw(st.sampled_from(["eager", "base", "residual"]))
+        self._add(self.fake.context_request(context, sorted(declared), sharing), [])
+
+    @rule(data=st.data(), own=tokens, adapter=st.sampled_from(ADAPTERS), sharing=st.sampled_from(SHARINGS))
+    def fork_and_run_a_turn(self, data: st.DataObject, own: list[int], adapter: str | None, sharing: str) -> None:
+        context = data.draw(st.sampled_from(self.contexts))
+        self._turn(context, own, adapter, sharing, data)
+
+    @precondition(lambda self: self.histories)
+    @rule(data=st.data(), appended=tokens)
+    def run_another_turn(self, data: st.DataObject, appended: list[int]) -> None:
+        context, own, adapter, sharing = data.draw(st.sampled_from(self.histories))
+        self._turn(context, [*own, *appended][:30], adapter, sharing, data)
+
+    def _turn(self, context: list[int], own: list[int], adapter: str | None, sharing: str, data: st.DataObject) -> None:
+        max_tokens = data.draw(st.integers(1, 6))
+        declared = data.draw(st.sets(st.sampled_from(["a8", "b8", "c16"])))
+        writer = None
+        if sharing == "residual" and adapter is not None:
+            writer = data.draw(st.sampled_from([None, "a8", "b8"]))
+        expected = expected_tokens(
+            context,
+            own,
+            adapter,
+            sharing,
+            max_tokens,
+            vocab_size=97,
+            has_residual=adapter != "n0",
+            writer=writer,
+        )
+        num_resumed = data.draw(st.integers(0, max_tokens - 1))
+        request = self.fake.request(
+            context,
+            own,
+            adapter,
+            sharing,
+            max_tokens=max_tokens,
+            declared=sorted(declared),
+            writer=writer,
+            resumed=expected[:num_resumed],
+            deadline_s=data.draw(st.sampled_from([None, self.fake.clock.wall() + 50])),
+        )
+        self._add(request, expected[num_resumed:])
+        if writer is None:
+            self.histories.append((context, [*own, *(t % 3 for t in expected)], adapter, sharing))
+
+    def _add(self, request: object, expected: list[int]) -> None:
+        try:
+            request_id = self.fake.add(request)  # type: ignore[arg-type]
+        except InvalidArgument as refused:
+            if refused.field != "tokens":
+                raise
+            return  # more than an empty pool holds
+        self.expected[request_id] = expected
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.fake.step()
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.expected)))
+        self.fake.engine.abort(request_id)  # type: ignore[arg-type]
+        self.excused.add(request_id)
+
+    @rule(seconds=st.sampled_from([1, 60]))
+    def let_time_pass(self, seconds: int) -> None:
+        self.fake.clock.advance(seconds)
+        self.excused |= set(self.expected) - set(self.fake.last)
+
+    @rule(name=st.sampled_from(["a8", "c16"]))
+    def reload_an_adapter(self, name: str) -> None:
+        self.fake.engine.unload_adapter(name)
+        self.fake.engine.load_adapter(name, f"fake:{name}:{name[1:]}")
+
+    @rule()
+    def drain(self) -> None:
+        self.fake.drain()
+        status = self.fake.engine.status()
+        assert (status.num_running, status.num_waiting, status.num_pinned_pages) == (0, 0, 0)
+        assert all(pool.num_free + pool.num_cached == pool.num_total for pool in status.pools)
+        assert set(self.expected) == set(self.fake.last) | set(self.fake.errors)
+
+    @invariant()
+    def finished_turns_follow_the_semantics(self) -> None:
+        if not hasattr(self, "fake"):
+            return
+        for request_id in self.fake.last:
+            assert self.fake.outputs[request_id] == self.expected[request_id]
+        for request_id, error in self.fake.errors.items():
+            assert request_id in self.excused, error
+            assert isinstance(error, Cancelled | DeadlineExceeded | ResourceExhausted)
+
+    def teardown(self) -> None:
+        if hasattr(self, "fake"):
+            self.drain()
+            self.finished_turns_follow_the_semantics()
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)

@@ -1,0 +1,160 @@
+"""Protobuf to commands and back, checked against the client's own reading of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from forkkv_cluster.api.v1 import common_pb2, sessions_pb2
+from forkkv_cluster.client import messages
+from forkkv_cluster.client.results import Delta, Finished, Started
+from forkkv_cluster.core.errors import InvalidArgument, NotFound
+from forkkv_cluster.core.request import FinishReason, Guide, GuideKind, PrefixUsage, Priority, Sharing, TokenLogprob
+from forkkv_cluster.core.session import BranchSpec, JoinWhat
+from forkkv_cluster.core.status import (
+    ClusterStatus,
+    DirectoryStatus,
+    EngineCounters,
+    EngineStatus,
+    PoolStatus,
+    WorkerStatus,
+)
+from forkkv_cluster.gateway import codec
+from forkkv_cluster.gateway.commands import BranchTarget, StatelessTarget, TurnDelta, TurnFinished, TurnStarted
+from tests.gateway.fakes import MODEL, adapter_info
+
+
+def test_a_turn_arrives_as_the_client_sent_it() -> None:
+    message = messages.turn_request(
+        "session-1",
+        "p",
+        None,
+        [1, 2],
+        {
+            "temperature": 0.7,
+            "top_k": 3,
+            "top_p": 0.9,
+            "seed": 0,
+            "max_tokens": 5,
+            "stop": ["x"],
+            "stop_token_ids": [9],
+            "ignore_eos": True,
+            "logprobs": 0,
+            "min_p": 0.1,
+            "presence_penalty": 0.3,
+            "frequency_penalty": -0.7,
+            "repetition_penalty": 1.1,
+            "logit_bias": {9: -0.2, 5: 1.0},
+            "min_tokens": 3,
+            "timeout_s": 2.5,
+            "turn_id": "t",
+            "num_received_tokens": 4,
+            "priority": Priority.LOW,
+        },
+    )
+    command = codec.read_generate(message)
+    assert command.target == BranchTarget("session-1", "p")
+    assert command.input.token_ids == [1, 2]
+    params = command.sampling.params
+    assert (params.temperature, params.top_k, params.top_p, params.logprobs) == (0.7, 3, 0.9, 0)
+    assert (params.stop, params.stop_token_ids, params.ignore_eos) == (("x",), (9,), True)
+    assert (params.min_p, params.presence_penalty, params.frequency_penalty) == (0.1, 0.3, -0.7)
+    assert (params.repetition_penalty, params.logit_bias, params.min_tokens) == (1.1, ((5, 1.0), (9, -0.2)), 3)
+    assert (command.sampling.seed, command.sampling.max_tokens) == (0, 5)
+    assert (command.timeout_s, command.turn_id, command.num_received_tokens) == (2.5, "t", 4)
+    assert command.priority is Priority.LOW
+
+
+def test_what_the_client_leaves_out_stays_open() -> None:
+    command = codec.read_generate(messages.turn_request("s", "p", "text", None, {}))
+    assert command.input.text == "text"
+    assert (command.sampling.seed, command.sampling.max_tokens, command.timeout_s) == (None, None, None)
+    assert (command.sampling.params.top_p, command.sampling.params.logprobs) == (1.0, None)
+    assert command.sampling.params.repetition_penalty == 1.0
+    assert command.priority is Priority.NORMAL
+
+
+@pytest.mark.parametrize(("option", "kind"), [("json_schema", GuideKind.JSON_SCHEMA), ("regex", GuideKind.REGEX)])
+def test_a_guide_arrives_as_sent(option: str, kind: GuideKind) -> None:
+    command = codec.read_generate(messages.turn_request("s", "p", "text", None, {option: "{}"}))  # type: ignore[misc]
+    assert command.sampling.params.guide == Guide(kind, "{}")
+
+
+def test_an_empty_append_is_empty_and_not_missing_text() -> None:
+    command = codec.read_generate(messages.turn_request("s", "p", None, None, {}))
+    assert (command.input.text, command.input.token_ids) == (None, [])
+
+
+@pytest.mark.parametrize("shared", [None, 0, 7])
+def test_a_fork_point_of_zero_is_not_a_missing_one(shared: int | None) -> None:
+    message = messages.stateless_request(
+        prompt="x",
+        token_ids=None,
+        adapter=None,
+        sharing="base",
+        shared_prefix_tokens=shared,
+        sharing_group="g",
+        tenant="t",
+        options={},
+    )
+    assert codec.read_generate(message).target == StatelessTarget(None, Sharing.BASE, shared, "g", "t")
+
+
+def test_a_request_without_target_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="target"):
+        codec.read_generate(sessions_pb2.GenerateRequest(text="x"))
+
+
+def test_an_enum_value_of_the_future_is_refused_by_field() -> None:
+    with pytest.raises(InvalidArgument, match="sharing"):
+        codec.read_create_session(sessions_pb2.CreateSessionRequest(text="x", sharing=99))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="what"):
+        codec.read_join_what(99)
+
+
+def test_forks_and_joins_arrive_as_sent() -> None:
+    specs = (BranchSpec("a", "planner", Sharing.EAGER), BranchSpec("b"))
+    assert codec.read_branch_specs(messages.fork_request("s", specs, None)) == specs
+    assert codec.read_join_what(messages.join_request("s", "a", "output").what) is JoinWhat.OUTPUT
+
+
+def test_events_come_back_as_written() -> None:
+    logprob = TokenLogprob(5, -0.5, ((5, -0.5), (6, -1.0)))
+    usage = PrefixUsage(4, 3, 2, 1)
+    delta = TurnDelta((5, 6), "text", (logprob,), "worker-1")
+    end = TurnFinished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5)
+    read = [messages.read_event(codec.write_event(event)) for event in (TurnStarted("r", 10, 2**62, 8), delta, end)]
+    assert read == [
+        Started("r", 10, 2**62, 8),
+        Delta((5, 6), "text", (logprob,), "worker-1"),
+        Finished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5),
+    ]
+
+
+def test_a_replayed_turn_has_no_finish_reason() -> None:
+    read = messages.read_event(codec.write_event(TurnFinished(None, 1, 1)))
+    assert isinstance(read, Finished)
+    assert read.finish_reason is None
+
+
+def test_a_status_comes_back_as_written() -> None:
+    counters = EngineCounters(*range(1, 14))
+    pools = (PoolStatus("base", 1024, 10, 5, 3, 2),)
+    engine = EngineStatus(1, 2, 3, 4, 5, 6, pools, counters, (adapter_info("planner"),))
+    worker = WorkerStatus("worker-1", 2**60, 42, "cpu", MODEL, engine, 7, ("request-1",))
+    directory = DirectoryStatus("incarnation", 1, 2, 3, 4)
+    status = ClusterStatus("1.0", (worker,), directory, 5, 6, (adapter_info("planner"),))
+    read = messages.read_status(codec.write_status(status, MODEL))
+    assert (read.cluster, read.model) == (status, MODEL)
+
+
+def test_an_absent_directory_stays_absent() -> None:
+    status = ClusterStatus("1.0", (), None, 0, 0)
+    assert messages.read_status(codec.write_status(status, MODEL)).cluster.directory is None
+
+
+def test_an_error_carries_its_attributes() -> None:
+    detail = common_pb2.ErrorDetail.FromString(codec.write_error(NotFound("session", "s", "Create one.")).SerializeToString())
+    assert (detail.code, dict(detail.attributes)) == (
+        "NOT_FOUND",
+        {"kind": "session", "name": "s", "remedy": "Create one."},
+    )

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from forkkv_cluster.core.request import ModelInfo
+from forkkv_cluster.core.status import ClusterStatus, DirectoryStatus, EngineCounters, EngineStatus, PoolStatus, WorkerStatus
+from forkkv_cluster.observability.metrics import CLUSTER_METRICS, GatewayMetrics, render
+
+UNITS = (
+    "_bytes",
+    "_tokens",
+    "_seconds",
+    "_pages",
+    "_blocks",
+    "_requests",
+    "_steps",
+    "_copies",
+    "_evictions",
+    "_preemptions",
+    "_published",
+    "_workers",
+    "_sessions",
+    "_branches",
+    "_up",
+)
+
+
+def cluster(directory: DirectoryStatus | None = None) -> ClusterStatus:
+    engine = EngineStatus(
+        num_running=3,
+        num_waiting=2,
+        num_pinned_pages=7,
+        kv_bytes_total=1000,
+        base_bytes_held=640,
+        residual_bytes_held=10,
+        pools=(PoolStatus("base", 64, 10, 1, 2, 7),),
+        counters=EngineCounters(prefill_tokens_run=4096, base_hit_tokens=100, residual_hit_tokens=90, useful_hit_tokens=80),
+    )
+    worker = WorkerStatus("worker-1", 1, 42, "cpu", ModelInfo("m", "d", 8, 8, 8, "float32"), engine, events_published=5)
+    return ClusterStatus("0.1.0", (worker,), directory, num_sessions=4, num_branches=9)
+
+
+def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_a_status_becomes_samples_with_labels() -> None:
+    found = samples(render(cluster(), GatewayMetrics()))
+    worker = ("worker", "worker-1")
+    assert found["forkkv_running_requests", (worker,)] == 3
+    assert found["forkkv_prefill_tokens_total", (worker,)] == 4096
+    assert found["forkkv_hit_tokens_total", (("kv", "useful"), worker)] == 80
+    assert found["forkkv_kv_held_bytes", (("kv", "base"), worker)] == 640
+    assert found["forkkv_pool_pages", (("pool", "base"), ("state", "pinned"), worker)] == 7
+    assert found["forkkv_branches", ()] == 9
+
+
+def test_a_directory_that_is_away_reads_as_down() -> None:
+    assert samples(render(cluster(), GatewayMetrics()))["forkkv_directory_up", ()] == 0
+    up = samples(render(cluster(DirectoryStatus("i", 1, 1, 12, 3)), GatewayMetrics()))
+    assert (up["forkkv_directory_up", ()], up["forkkv_directory_blocks", (("kv", "residual"),)]) == (1, 3)
+
+
+def test_a_gateway_counts_requests_tokens_and_latencies() -> None:
+    gateway = GatewayMetrics()
+    gateway.request_started("Generate")
+    gateway.first_token(0.2)
+    gateway.later_tokens(4, 0.4)
+    gateway.tokens(num_prompt=100, num_output=5)
+    gateway.stream_resumed()
+    gateway.request_ended("Generate", "OK", 0.6)
+    found = samples(render(None, gateway))
+    assert found["forkkv_gateway_requests_total", (("code", "OK"), ("method", "Generate"))] == 1
+    assert found["forkkv_gateway_in_flight_requests", (("method", "Generate"),)] == 0
+    assert found["forkkv_gateway_tokens_total", (("direction", "prompt"),)] == 100
+    assert found["forkkv_gateway_stream_resumes_total", ()] == 1
+    assert found["forkkv_gateway_itl_seconds_count", ()] == 4
+    assert found["forkkv_gateway_itl_seconds_sum", ()] == pytest.approx(0.4)
+    assert found["forkkv_gateway_ttft_seconds_sum", ()] == pytest.approx(0.2)
+
+
+def test_two_gateways_in_one_process_count_apart() -> None:
+    first, second = GatewayMetrics(), GatewayMetrics()
+    first.stream_resumed()
+    assert samples(render(None, second))["forkkv_gateway_stream_resumes_total", ()] == 0
+
+
+@pytest.mark.parametrize("metric", CLUSTER_METRICS, ids=lambda metric: metric.name)
+def test_every_row_has_a_unit_a_help_text_and_as_many_label_values_as_labels(metric) -> None:
+    assert metric.name.startswith("forkkv_")
+    assert metric.name.endswith(UNITS)
+    assert metric.help.endswith(".")
+    found = list(metric.samples(cluster(DirectoryStatus("i", 1, 1, 12, 3))))
+    assert found
+    assert {len(labels) for labels, _ in found} == {len(metric.labels)}
+
+
+def test_names_in_the_table_are_unique() -> None:
+    names = [metric.name for metric in CLUSTER_METRICS]
+    assert len(set(names)) == len(names)
