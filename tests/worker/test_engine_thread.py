@@ -50,6 +50,13 @@ class Harness:
         async with asyncio.timeout(10):
             return [chunk async for chunk in self.thread.generate(request)]
 
+    async def until_idle(self, timeout_s: float = 10.0) -> None:
+        for _ in range(int(timeout_s * 1000)):
+            if not self.thread.request_ids:
+                return
+            await asyncio.sleep(0.001)
+        raise TimeoutError(f"{self.thread.request_ids} are still there after {timeout_s} s")
+
 
 @pytest.fixture
 async def harness() -> AsyncIterator[Harness]:
@@ -156,9 +163,7 @@ async def test_cancelling_the_consumer_frees_the_request_in_the_engine(gated: Ha
         await consumer
     gated.engine.gate.release(100)
     # The engine says that it has let go with the step after the cancellation, and a call runs before that step.
-    async with asyncio.timeout(10):
-        while gated.thread.request_ids:
-            await asyncio.sleep(0.001)
+    await gated.until_idle()
     status = await gated.thread.call(lambda engine: engine.status())
     assert status.num_running == 0
 
