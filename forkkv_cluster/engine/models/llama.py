@@ -13,11 +13,12 @@ import torch
 from forkkv_kernels.ops.rms_norm import rms_norm
 from forkkv_kernels.ops.rope import apply_rope
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
 from forkkv_cluster.engine.attention import PagedAttention
 from forkkv_cluster.engine.kv_buffers import KVBuffers
+from forkkv_cluster.engine.layers.linear import Linear
 from forkkv_cluster.engine.layers.lora import FusedLora
 from forkkv_cluster.engine.models.config import ModelConfig
 from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
@@ -25,33 +26,31 @@ from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LlamaLayerWeights:
-    """H hidden, I intermediate, Q = Hq * D, KV = Hkv * D. Linear weights are [out, in], as in the checkpoint.
+    """H hidden, I intermediate, Q = Hq * D, KV = Hkv * D.
 
     input_norm, post_norm [H]; q_norm, k_norm [D] where the family has them;
-    qkv [Q + 2 KV, H] with an optional bias; o [H, Q] with an optional bias;
-    gate_up [2 I, H]; down [H, I].
+    qkv H -> Q + 2 KV and o Q -> H, each with a bias where the family has one;
+    gate_up H -> 2 I; down I -> H.
     """
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
+    o: Linear
     post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LlamaWeights:
-    """embed and lm_head [V, H] (one tensor when tied), norm [H]."""
+    """embed [V, H], norm [H], lm_head H -> V (over the same weights when tied)."""
 
     embed: Tensor
     layers: tuple[LlamaLayerWeights, ...]
     norm: Tensor
-    lm_head: Tensor
+    lm_head: Linear
 
 
 class LlamaModel:
@@ -72,18 +71,18 @@ class LlamaModel:
             if index == self.config.num_layers - 1 and len(step.logit_rows) == 0:
                 break  # A pass for its KV alone: nobody reads what the last layer would compute.
             attended = attention.run(index, q).flatten(1)
-            hidden = hidden + _linear(attended, weights.o, weights.o_bias, step, [layer.o for layer in lora])
+            hidden = hidden + _linear(attended, weights.o, step, [layer.o for layer in lora])
             x = rms_norm(hidden, weights.post_norm, eps)
             hidden = hidden + _mlp(x, weights, step, lora)
         final = rms_norm(hidden[step.logit_rows], self._weights.norm, eps)
-        return linear(final, self._weights.lm_head).float()
+        return self._weights.lm_head(final).float()
 
     def _project_and_store(
         self, index: int, x: Tensor, step: StepInputs, lora: list[LayerLora], kv: KVBuffers, adapters: AdapterSlots
     ) -> Tensor:
         """Project q, k, v; write KV of this layer; return q [T, Hq, D] rotated."""
         config, weights = self.config, self._weights.layers[index]
-        qkv = linear(x, weights.qkv, weights.qkv_bias)
+        qkv = weights.qkv(x)
         shrunk = [_add_qkv_lora(qkv, x, step, number, layer.qkv) for number, layer in enumerate(lora)]
         heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         rotated = apply_rope(_normed_qk(heads[:, : config.num_heads + config.num_kv_heads], weights, config), step.cos_sin)
@@ -150,8 +149,8 @@ def _residual_product(x: Tensor, write: ResidualRows, shrunk: list[Tensor | None
     return lora.qkv.shrink_from(x[write.rows], first), first
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, step: StepInputs, lora: list[FusedLora | None]) -> Tensor:
-    out = linear(x, weight, bias)
+def _linear(x: Tensor, base: Linear, step: StepInputs, lora: list[FusedLora | None]) -> Tensor:
+    out = base(x)
     for segment, factors in zip(step.lora, lora, strict=True):
         if factors is not None:
             factors.apply_(out[segment.rows], x[segment.rows])
@@ -159,8 +158,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, step: StepInputs, lo
 
 
 def _mlp(x: Tensor, weights: LlamaLayerWeights, step: StepInputs, lora: list[LayerLora]) -> Tensor:
-    gate, up = _linear(x, weights.gate_up, None, step, [layer.gate_up for layer in lora]).chunk(2, dim=-1)
-    return _linear(silu(gate) * up, weights.down, None, step, [layer.down for layer in lora])
+    gate, up = _linear(x, weights.gate_up, step, [layer.gate_up for layer in lora]).chunk(2, dim=-1)
+    return _linear(silu(gate) * up, weights.down, step, [layer.down for layer in lora])
 
 
 def load_llama(config: ModelConfig, take: Callable[[str, tuple[int, ...]], Tensor]) -> LlamaModel:
@@ -169,7 +168,7 @@ def load_llama(config: ModelConfig, take: Callable[[str, tuple[int, ...]], Tenso
     layers = tuple(_load_layer(config, f"model.layers.{index}.", take) for index in range(config.num_layers))
     norm = take("model.norm.weight", (config.hidden_size,))
     lm_head = embed if config.tie_embeddings else take("lm_head.weight", (config.vocab_size, config.hidden_size))
-    return LlamaModel(config, LlamaWeights(embed, layers, norm, lm_head))
+    return LlamaModel(config, LlamaWeights(embed, layers, norm, Linear(lm_head)))
 
 
 def _load_layer(config: ModelConfig, prefix: str, take: Callable[[str, tuple[int, ...]], Tensor]) -> LlamaLayerWeights:
@@ -182,13 +181,14 @@ def _load_layer(config: ModelConfig, prefix: str, take: Callable[[str, tuple[int
         qkv_bias = torch.cat([take(f"{attention}{name}.bias", (size,)) for name, size in sizes.items()])
     return LlamaLayerWeights(
         input_norm=take(prefix + "input_layernorm.weight", (hidden,)),
-        qkv=torch.cat([take(f"{attention}{name}.weight", (size, hidden)) for name, size in sizes.items()]),
-        qkv_bias=qkv_bias,
+        qkv=Linear(torch.cat([take(f"{attention}{name}.weight", (size, hidden)) for name, size in sizes.items()]), qkv_bias),
         q_norm=take(attention + "q_norm.weight", (config.head_dim,)) if config.qk_norm else None,
         k_norm=take(attention + "k_norm.weight", (config.head_dim,)) if config.qk_norm else None,
-        o=take(attention + "o_proj.weight", (hidden, q_size)),
-        o_bias=take(attention + "o_proj.bias", (hidden,)) if config.o_bias else None,
+        o=Linear(
+            take(attention + "o_proj.weight", (hidden, q_size)),
+            take(attention + "o_proj.bias", (hidden,)) if config.o_bias else None,
+        ),
         post_norm=take(prefix + "post_attention_layernorm.weight", (hidden,)),
-        gate_up=torch.cat([take(f"{mlp}{name}_proj.weight", (intermediate, hidden)) for name in ("gate", "up")]),
-        down=take(mlp + "down_proj.weight", (hidden, intermediate)),
+        gate_up=Linear(torch.cat([take(f"{mlp}{name}_proj.weight", (intermediate, hidden)) for name in ("gate", "up")])),
+        down=Linear(take(mlp + "down_proj.weight", (hidden, intermediate))),
     )
