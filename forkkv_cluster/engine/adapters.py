@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,16 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerLora:
-    """One adapter in one layer; a group is None where it targets none of its modules."""
+    """One adapter in one layer; a group is None where it targets none of its modules.
+
+    normed_b_k [r_k, Hkv * D]: B of k times the weight of K's norm, on a model with QK-norm; else None, as without LoRA on k.
+    """
 
     qkv: FusedLora | None
     o: FusedLora | None
     gate_up: FusedLora | None
     down: FusedLora | None
+    normed_b_k: Tensor | None = None
 
     @property
     def k(self) -> LoraPart | None:
@@ -69,10 +73,26 @@ class LayerLora:
     def v(self) -> LoraPart | None:
         return self.qkv.parts.get("v_proj") if self.qkv else None
 
+    @property
+    def shared_b_k(self) -> Tensor | None:
+        """[r_k, Hkv * D]: what turns x A_k of shared tokens into what is added to their base K; None without LoRA on k."""
+        return self.normed_b_k if self.normed_b_k is not None or self.k is None else self.k.b
+
+    def key_scale_columns(self, pools: tuple[Tensor, Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Where the residual's pools keep ``KeyScale``, norm and change: behind x A_k and x A_v, views [slots, Hkv]."""
+        starts = (part.rank if part is not None else 0 for part in (self.k, self.v))
+        norm, change = (pool[:, start : start + num_kv_heads] for pool, start in zip(pools, starts, strict=True))
+        return norm, change
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
-    """A loaded adapter. ``residual_rank`` is the largest rank on k or v, 0 without LoRA on either; a bias counts one."""
+    """A loaded adapter.
+
+    ``residual_rank``: columns of its residual in the wider plane, for which a rank class is chosen; 0 without LoRA on k and v.
+    That is the largest rank on k or v, a bias counts one, and Hkv more where k is targeted under QK-norm. Such a one alone
+    may exceed the largest rank class; then the adapter has no residual.
+    """
 
     info: AdapterInfo
     layers: tuple[LayerLora, ...]
@@ -103,9 +123,15 @@ class AdapterSlots:
 
 
 def load_adapter(
-    name: str, path: str | Path, model: ModelConfig, geometry: KVGeometry, dtype: torch.dtype, device: torch.device
+    name: str,
+    path: str | Path,
+    model: ModelConfig,
+    geometry: KVGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    k_norms: Sequence[Tensor] = (),
 ) -> AdapterWeights:
-    """Read a PEFT directory and fuse its factors for ``model``.
+    """Read a PEFT directory and fuse its factors for ``model``; ``k_norms`` [D] by layer is what its family normalises K with.
 
     Raises InvalidArgument for missing or corrupt files, a wrong dtype, or shapes of another base model (the tensor, its
     shape and the expected one are named), and Unsupported for LoRA variants that are not plain LoRA.
@@ -115,16 +141,18 @@ def load_adapter(
     _refuse_variants(config)
     factors = _read_factors(directory / WEIGHTS_FILE, config, model, dtype, device)
     layers = tuple(_fuse_layer(factors.get(index, {}), model) for index in range(model.num_layers))
+    if model.qk_norm:
+        layers = tuple(_with_normed_k(layer, norm) for layer, norm in zip(layers, k_norms, strict=True))
     targeted = {module for layer in factors.values() for module in layer}
-    residual_rank = max((part.rank for layer in layers for part in (layer.k, layer.v) if part is not None), default=0)
-    residual_bytes = geometry.bytes_per_token(geometry.rank_class(residual_rank)) if residual_rank else 0
+    residual_rank = _residual_rank(layers, geometry)
+    has_residual = 0 < residual_rank <= geometry.rank_classes[-1]
     info = AdapterInfo(
         name=name,
         digest=AdapterDigest(digest_files([directory / CONFIG_FILE, directory / WEIGHTS_FILE])),
         path=str(path),
         lora_rank=max(len(part.a) for layer in factors.values() for part in layer.values()),
         target_modules=tuple(module for module in module_shapes(model) if module in targeted),
-        residual_bytes_per_token=residual_bytes,
+        residual_bytes_per_token=geometry.bytes_per_token(geometry.rank_class(residual_rank)) if has_residual else 0,
     )
     return AdapterWeights(info, layers, residual_rank)
 
@@ -258,4 +286,26 @@ def _check_targets(path: Path, config: Mapping[str, Any], factors: Mapping[int, 
 def _fuse_layer(factors: Mapping[str, LoraFactors], model: ModelConfig) -> LayerLora:
     out = {module: shape[1] for module, shape in module_shapes(model).items()}
     groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-    return LayerLora(*(fuse(factors, {module: out[module] for module in group}) for group in groups))
+    qkv, o, gate_up, down = (fuse(factors, {module: out[module] for module in group}) for group in groups)
+    return LayerLora(qkv, o, gate_up, down)
+
+
+def _with_normed_k(layer: LayerLora, weight: Tensor) -> LayerLora:
+    if layer.k is None:
+        return layer
+    b = layer.k.b
+    return replace(layer, normed_b_k=(b.float().view(len(b), -1, len(weight)) * weight.float()).flatten(1).to(b.dtype))
+
+
+def _residual_rank(layers: Sequence[LayerLora], geometry: KVGeometry) -> int:
+    """Raises InvalidArgument for a rank on k or v beyond the largest class."""
+    rank = max((part.rank for layer in layers for part in (layer.k, layer.v) if part is not None), default=0)
+    if rank:
+        geometry.rank_class(rank)
+    widths = (
+        part.rank + (geometry.num_kv_heads if layer.normed_b_k is not None else 0)
+        for layer in layers
+        for part in (layer.k, layer.v)
+        if part is not None
+    )
+    return max(widths, default=0)

@@ -1,7 +1,7 @@
 """The Llama family (Llama 2 and 3, Mistral without a sliding window, Qwen2, Qwen3): our own forward pass over paged KV.
 
-With QK-norm (Qwen3) base pages hold the normalised K. It is not additive in an adapter's part: K of an adapter's own
-tokens is exact, a residual on k of shared tokens is not to be had, and admission refuses what would need it.
+With QK-norm (Qwen3) base pages hold the normalised K, as a request without an adapter reads it. An adapter's K of shared
+tokens is not that plus its part, so its residual also keeps what rescales both (``forkkv_kernels.reference.qk_norm``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from forkkv_kernels.ops.qk_norm import inverse_rms, key_scale
 from forkkv_kernels.ops.rms_norm import rms_norm
 from forkkv_kernels.ops.rope import apply_rope
 from torch import Tensor
@@ -61,6 +62,11 @@ class LlamaModel:
         self.config = config
         self._weights = weights
 
+    @property
+    def k_norms(self) -> tuple[Tensor, ...]:
+        """Weight [D] of K's norm by layer; empty where the family has none."""
+        return tuple(layer.k_norm for layer in self._weights.layers if layer.k_norm is not None)
+
     def forward(self, step: StepInputs, attention: PagedAttention, kv: KVBuffers, adapters: AdapterSlots) -> Tensor:
         """Run all rows, write their KV, return logits [R, V] fp32 of ``step.logit_rows``."""
         hidden = self._weights.embed[step.token_ids]
@@ -91,6 +97,9 @@ class LlamaModel:
         key_cache[step.base_slots] = rotated[step.base_rows, config.num_heads :]
         value_cache[step.base_slots] = heads[step.base_rows, config.num_heads + config.num_kv_heads :]
         _store_residuals(index, x, step, shrunk, kv, adapters)
+        if config.qk_norm:
+            k = heads[:, config.num_heads : config.num_heads + config.num_kv_heads]
+            _store_key_scales(index, k, step, kv, adapters, config.rms_norm_eps)
         q: Tensor = rotated[:, : config.num_heads]
         return q
 
@@ -138,6 +147,23 @@ def _store_residuals(
             if part is not None:
                 columns = slice(part.rank_start - rank_offset, part.rank_end - rank_offset)
                 pool[:, : part.rank][write.slots] = product[:, columns]
+
+
+def _store_key_scales(index: int, k: Tensor, step: StepInputs, kv: KVBuffers, adapters: AdapterSlots, eps: float) -> None:
+    """Beside x A_k of every residual write. k [T, Hkv, D] before its norm; rows that write a residual never have it merged."""
+    writes = [w for w in step.residual_writes if adapters[w.adapter_slot].layers[index].normed_b_k is not None]
+    if not writes:
+        return
+    base_norm = inverse_rms(k, eps)
+    for write in writes:
+        weights = adapters[write.adapter_slot]
+        lora = weights.layers[index]
+        assert lora.k is not None
+        pools = kv.residual(index, kv.geometry.rank_class(weights.residual_rank))
+        a_k = pools[0][:, : lora.k.rank][write.slots]
+        scale = key_scale(k[write.rows], base_norm[write.rows], a_k, lora.k.b, eps)
+        norm, change = lora.key_scale_columns(pools, kv.geometry.num_kv_heads)
+        norm[write.slots], change[write.slots] = scale.norm.to(k.dtype), scale.change.to(k.dtype)
 
 
 def _residual_product(x: Tensor, write: ResidualRows, shrunk: list[Tensor | None], lora: LayerLora) -> tuple[Tensor, int]:
