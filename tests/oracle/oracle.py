@@ -62,7 +62,8 @@ class Oracle:
         self.weights = {name: tensor.to(dtype) for name, tensor in load_file(model_dir / "model.safetensors").items()}
         self.num_layers = config["num_hidden_layers"]
         self.num_heads, self.num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.head_dim, self.eps = config["head_dim"], config["rms_norm_eps"]
+        self.head_dim = config.get("head_dim") or config["hidden_size"] // self.num_heads
+        self.eps = config["rms_norm_eps"]
         self.has_qk_norm = "model.layers.0.self_attn.k_norm.weight" in self.weights
         self.theta = config["rope_parameters"]["rope_theta"]
 
