@@ -54,16 +54,12 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerLora:
-    """One adapter in one layer; a group is None where it targets none of its modules.
-
-    normed_b_k [r_k, Hkv * D]: B of k times the weight of K's norm, on a model with QK-norm; else None, as without LoRA on k.
-    """
+    """One adapter in one layer; a group is None where it targets none of its modules."""
 
     qkv: FusedLora | None
     o: FusedLora | None
     gate_up: FusedLora | None
     down: FusedLora | None
-    normed_b_k: Tensor | None = None
 
     @property
     def k(self) -> LoraPart | None:
@@ -74,9 +70,9 @@ class LayerLora:
         return self.qkv.parts.get("v_proj") if self.qkv else None
 
     @property
-    def shared_b_k(self) -> Tensor | None:
-        """[r_k, Hkv * D]: what turns x A_k of shared tokens into what is added to their base K; None without LoRA on k."""
-        return self.normed_b_k if self.normed_b_k is not None or self.k is None else self.k.b
+    def has_key_scale(self) -> bool:
+        """Whether its residual keeps ``KeyScale``: with LoRA on k, on a model with QK-norm."""
+        return self.k is not None and self.k.normed_b is not None
 
     def key_scale_columns(self, pools: tuple[Tensor, Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor]:
         """Where the residual's pools keep ``KeyScale``, norm and change: behind x A_k and x A_v, views [slots, Hkv]."""
@@ -140,9 +136,8 @@ def load_adapter(
     config = read_json(directory / CONFIG_FILE)
     _refuse_variants(config)
     factors = _read_factors(directory / WEIGHTS_FILE, config, model, dtype, device)
-    layers = tuple(_fuse_layer(factors.get(index, {}), model) for index in range(model.num_layers))
-    if model.qk_norm:
-        layers = tuple(_with_normed_k(layer, norm) for layer, norm in zip(layers, k_norms, strict=True))
+    norms = zip(range(model.num_layers), k_norms if model.qk_norm else [None] * model.num_layers, strict=True)
+    layers = tuple(_fuse_layer(factors.get(index, {}), model, norm) for index, norm in norms)
     targeted = {module for layer in factors.values() for module in layer}
     residual_rank = _residual_rank(layers, geometry)
     has_residual = 0 < residual_rank <= geometry.rank_classes[-1]
@@ -283,29 +278,18 @@ def _check_targets(path: Path, config: Mapping[str, Any], factors: Mapping[int, 
             raise InvalidArgument("target_modules", target, f"has no tensor in {path}", "Save the adapter again with peft.")
 
 
-def _fuse_layer(factors: Mapping[str, LoraFactors], model: ModelConfig) -> LayerLora:
+def _fuse_layer(factors: Mapping[str, LoraFactors], model: ModelConfig, k_norm: Tensor | None) -> LayerLora:
     out = {module: shape[1] for module, shape in module_shapes(model).items()}
     groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-    qkv, o, gate_up, down = (fuse(factors, {module: out[module] for module in group}) for group in groups)
-    return LayerLora(qkv, o, gate_up, down)
-
-
-def _with_normed_k(layer: LayerLora, weight: Tensor) -> LayerLora:
-    if layer.k is None:
-        return layer
-    b = layer.k.b
-    return replace(layer, normed_b_k=(b.float().view(len(b), -1, len(weight)) * weight.float()).flatten(1).to(b.dtype))
+    qkv, *others = (fuse(factors, {module: out[module] for module in group}) for group in groups)
+    if qkv is not None and k_norm is not None and "k_proj" in qkv.parts:
+        qkv = replace(qkv, parts={**qkv.parts, "k_proj": qkv.parts["k_proj"].with_norm(k_norm)})
+    return LayerLora(qkv, *others)
 
 
 def _residual_rank(layers: Sequence[LayerLora], geometry: KVGeometry) -> int:
     """Raises InvalidArgument for a rank on k or v beyond the largest class."""
-    rank = max((part.rank for layer in layers for part in (layer.k, layer.v) if part is not None), default=0)
-    if rank:
-        geometry.rank_class(rank)
-    widths = (
-        part.rank + (geometry.num_kv_heads if layer.normed_b_k is not None else 0)
-        for layer in layers
-        for part in (layer.k, layer.v)
-        if part is not None
-    )
-    return max(widths, default=0)
+    parts = [(layer, part) for layer in layers for part in (layer.k, layer.v) if part is not None]
+    if parts:
+        geometry.rank_class(max(part.rank for _, part in parts))
+    return max((part.rank + geometry.num_kv_heads * layer.has_key_scale for layer, part in parts), default=0)

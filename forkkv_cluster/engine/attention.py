@@ -150,13 +150,14 @@ class PagedAttention:
             return _LayerResidual(None, None, None, None)
         pools = self._kv.residual(layer, geometry.rank_class(weights.residual_rank))
         factors: list[Tensor | None] = []
-        for pool, b in zip(pools, (lora.shared_b_k, lora.v.b if lora.v is not None else None), strict=True):
-            if b is None:
+        for pool, part in zip(pools, (lora.k, lora.v), strict=True):
+            if part is None:
                 factors += [None, None]
             else:
-                factors += [_take(pool[:, : len(b)], slots), b.view(len(b), geometry.num_kv_heads, geometry.head_dim)]
+                b = part.shared_b.view(part.rank, geometry.num_kv_heads, geometry.head_dim)
+                factors += [_take(pool[:, : part.rank], slots), b]
         scale = None
-        if lora.normed_b_k is not None:
+        if lora.has_key_scale:
             scale = KeyScale(*(_take(columns, slots) for columns in lora.key_scale_columns(pools, geometry.num_kv_heads)))
         a_k, b_k, a_v, b_v = factors
         return _LayerResidual(a_k, b_k, a_v, b_v, scale)

@@ -129,11 +129,10 @@ class ModelRunner:
         for index, layer in enumerate(weights.layers):
             (k, v), pools = self.kv.base(index), self.kv.residual(index, rank_class)
             a_k, a_v = (pool[source] for pool in pools)
-            if (b_k := layer.shared_b_k) is not None:
-                scale = None
-                if layer.normed_b_k is not None:
-                    scale = KeyScale(*layer.key_scale_columns((a_k, a_v), heads[0]))
-                k[target] = reconstruct_k(k[target], a_k[:, : len(b_k)], b_k.view(-1, *heads), cos_sin, scale)
+            if layer.k is not None:
+                b_k = layer.k.shared_b.view(layer.k.rank, *heads)
+                scale = KeyScale(*layer.key_scale_columns((a_k, a_v), heads[0])) if layer.has_key_scale else None
+                k[target] = reconstruct_k(k[target], a_k[:, : layer.k.rank], b_k, cos_sin, scale)
             if layer.v is not None:
                 b_v = layer.v.b.view(layer.v.rank, *heads)
                 v[target] = reconstruct_v(v[target], a_v[:, : layer.v.rank], b_v)

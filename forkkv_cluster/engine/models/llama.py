@@ -151,7 +151,7 @@ def _store_residuals(
 
 def _store_key_scales(index: int, k: Tensor, step: StepInputs, kv: KVBuffers, adapters: AdapterSlots, eps: float) -> None:
     """Beside x A_k of every residual write. k [T, Hkv, D] before its norm; rows that write a residual never have it merged."""
-    writes = [w for w in step.residual_writes if adapters[w.adapter_slot].layers[index].normed_b_k is not None]
+    writes = [w for w in step.residual_writes if adapters[w.adapter_slot].layers[index].has_key_scale]
     if not writes:
         return
     base_norm = inverse_rms(k, eps)
