@@ -30,7 +30,8 @@ class ModelRunner:
     def __init__(self, loaded: LoadedModel, *, name: str, page_size: int, max_model_len: int = 0, device: torch.device) -> None:
         """``max_model_len`` tokens, 0 for the model's own limit.
 
-        Raises InvalidArgument for one beyond it, Unsupported for one at which the rotary frequencies follow the length.
+        Raises InvalidArgument for one beyond it, Unsupported for one at which the rotary frequencies follow the length or a
+        sliding window hides tokens.
         """
         config = loaded.config
         _check_length(config, max_model_len or config.max_position)
@@ -144,6 +145,10 @@ def _check_length(config: ModelConfig, max_model_len: int) -> None:
         # A cached, rotated K would depend on how long the sequence was that wrote it.
         raise Unsupported("rope_type", config.rope.rope_type, f"changes with the length beyond {fixed} tokens",
                           f"Set model.max_model_len to at most {fixed} (it is {max_model_len}).")  # fmt: skip
+    window = config.sliding_window
+    if window is not None and max_model_len > window:
+        raise Unsupported("sliding_window", window, "hides tokens of longer sequences, which is not supported",
+                          f"Set model.max_model_len to at most {window} (it is {max_model_len}).")  # fmt: skip
     if max_model_len > config.max_position:
         raise InvalidArgument("model.max_model_len", max_model_len, f"is beyond the model's {config.max_position}",
                               "Lower it, or send 0 for the model's own limit.")  # fmt: skip

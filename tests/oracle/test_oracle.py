@@ -40,7 +40,7 @@ def test_isolated_equals_transformers_with_peft(oracle: Oracle, tiny_kit: TinyKi
     torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3", "qwen3-biased-tied"])
+@pytest.mark.parametrize("family", ["qwen2-mha-tied", "qwen3", "qwen3-biased-tied"])
 def test_biases_tied_embeddings_and_qk_norm_equal_transformers(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = FAMILIES[family]()
