@@ -28,9 +28,9 @@ def check_before_start(config: ClusterConfig) -> None:
 def check_checkpoint(directory: Path, *, has_weights: bool = True) -> None:
     """config.json is there and names a model that the engine runs; every safetensors file is whole."""
     from forkkv_cluster.engine.models.config import read_json  # Here and below: they need torch.
-    from forkkv_cluster.engine.models.registry import loader_of
+    from forkkv_cluster.engine.models.registry import family_of
 
-    loader_of(read_json(directory / "config.json").get("architectures"))
+    family_of(read_json(directory / "config.json").get("architectures"))
     if not has_weights:
         return
     index = directory / "model.safetensors.index.json"

@@ -293,7 +293,7 @@ class TokenChunk:
 class AdapterInfo:
     """A registered adapter, as lists and status show it.
 
-    lora_rank is the largest rank of any module; residual_bytes_per_token is over all layers, 0 without LoRA on k and v.
+    lora_rank is the largest rank of any module; residual_bytes_per_token is over all layers, 0 without a residual.
     """
 
     name: str
@@ -307,10 +307,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What clients, gateways and admission need to know of the base model.
-
-    has_qk_norm: K is normalised after its projection, so an adapter's part of K cannot be added to a shared one.
-    """
+    """What clients, gateways and admission need to know of the base model."""
 
     name: str
     digest: str
@@ -319,7 +316,6 @@ class ModelInfo:
     base_bytes_per_token: int
     dtype: str
     eos_token_ids: tuple[int, ...] = field(default=())
-    has_qk_norm: bool = False
 
 
 def token_array(values: object, *, name: str = "token_ids", vocab_size: int | None = None) -> TokenArray:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,26 @@ class LayerLora:
     def v(self) -> LoraPart | None:
         return self.qkv.parts.get("v_proj") if self.qkv else None
 
+    @property
+    def has_key_scale(self) -> bool:
+        """Whether its residual keeps ``KeyScale``: with LoRA on k, on a model with QK-norm."""
+        return self.k is not None and self.k.normed_b is not None
+
+    def key_scale_columns(self, pools: tuple[Tensor, Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Where the residual's pools keep ``KeyScale``, norm and change: behind x A_k and x A_v, views [slots, Hkv]."""
+        starts = (part.rank if part is not None else 0 for part in (self.k, self.v))
+        norm, change = (pool[:, start : start + num_kv_heads] for pool, start in zip(pools, starts, strict=True))
+        return norm, change
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
-    """A loaded adapter. ``residual_rank`` is the largest rank on k or v, 0 without LoRA on either; a bias counts one."""
+    """A loaded adapter.
+
+    ``residual_rank``: columns of its residual in the wider plane, for which a rank class is chosen; 0 without LoRA on k and v.
+    That is the largest rank on k or v, a bias counts one, and Hkv more where k is targeted under QK-norm. Such a one alone
+    may exceed the largest rank class; then the adapter has no residual.
+    """
 
     info: AdapterInfo
     layers: tuple[LayerLora, ...]
@@ -103,9 +119,15 @@ class AdapterSlots:
 
 
 def load_adapter(
-    name: str, path: str | Path, model: ModelConfig, geometry: KVGeometry, dtype: torch.dtype, device: torch.device
+    name: str,
+    path: str | Path,
+    model: ModelConfig,
+    geometry: KVGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    k_norms: Sequence[Tensor] = (),
 ) -> AdapterWeights:
-    """Read a PEFT directory and fuse its factors for ``model``.
+    """Read a PEFT directory and fuse its factors for ``model``; ``k_norms`` [D] by layer is what its family normalises K with.
 
     Raises InvalidArgument for missing or corrupt files, a wrong dtype, or shapes of another base model (the tensor, its
     shape and the expected one are named), and Unsupported for LoRA variants that are not plain LoRA.
@@ -114,17 +136,18 @@ def load_adapter(
     config = read_json(directory / CONFIG_FILE)
     _refuse_variants(config)
     factors = _read_factors(directory / WEIGHTS_FILE, config, model, dtype, device)
-    layers = tuple(_fuse_layer(factors.get(index, {}), model) for index in range(model.num_layers))
+    norms = zip(range(model.num_layers), k_norms if model.qk_norm else [None] * model.num_layers, strict=True)
+    layers = tuple(_fuse_layer(factors.get(index, {}), model, norm) for index, norm in norms)
     targeted = {module for layer in factors.values() for module in layer}
-    residual_rank = max((part.rank for layer in layers for part in (layer.k, layer.v) if part is not None), default=0)
-    residual_bytes = geometry.bytes_per_token(geometry.rank_class(residual_rank)) if residual_rank else 0
+    residual_rank = _residual_rank(layers, geometry)
+    has_residual = 0 < residual_rank <= geometry.rank_classes[-1]
     info = AdapterInfo(
         name=name,
         digest=AdapterDigest(digest_files([directory / CONFIG_FILE, directory / WEIGHTS_FILE])),
         path=str(path),
         lora_rank=max(len(part.a) for layer in factors.values() for part in layer.values()),
         target_modules=tuple(module for module in module_shapes(model) if module in targeted),
-        residual_bytes_per_token=residual_bytes,
+        residual_bytes_per_token=geometry.bytes_per_token(geometry.rank_class(residual_rank)) if has_residual else 0,
     )
     return AdapterWeights(info, layers, residual_rank)
 
@@ -255,7 +278,18 @@ def _check_targets(path: Path, config: Mapping[str, Any], factors: Mapping[int, 
             raise InvalidArgument("target_modules", target, f"has no tensor in {path}", "Save the adapter again with peft.")
 
 
-def _fuse_layer(factors: Mapping[str, LoraFactors], model: ModelConfig) -> LayerLora:
+def _fuse_layer(factors: Mapping[str, LoraFactors], model: ModelConfig, k_norm: Tensor | None) -> LayerLora:
     out = {module: shape[1] for module, shape in module_shapes(model).items()}
     groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-    return LayerLora(*(fuse(factors, {module: out[module] for module in group}) for group in groups))
+    qkv, *others = (fuse(factors, {module: out[module] for module in group}) for group in groups)
+    if qkv is not None and k_norm is not None and "k_proj" in qkv.parts:
+        qkv = replace(qkv, parts={**qkv.parts, "k_proj": qkv.parts["k_proj"].with_norm(k_norm)})
+    return LayerLora(qkv, *others)
+
+
+def _residual_rank(layers: Sequence[LayerLora], geometry: KVGeometry) -> int:
+    """Raises InvalidArgument for a rank on k or v beyond the largest class."""
+    parts = [(layer, part) for layer in layers for part in (layer.k, layer.v) if part is not None]
+    if parts:
+        geometry.rank_class(max(part.rank for _, part in parts))
+    return max((part.rank + geometry.num_kv_heads * layer.has_key_scale for layer, part in parts), default=0)

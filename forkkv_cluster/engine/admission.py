@@ -142,21 +142,22 @@ class Admission:
         """
         adapters = [adapter for ref in refs if (adapter := held.acquire_if_loaded(ref)) is not None]
         if is_optional:
-            adapters = [adapter for adapter in adapters if self._is_additive(adapter)]
+            adapters = [adapter for adapter in adapters if self._has_rank_class(adapter)]
         targets = (self._target(adapter, Sharing.EAGER) for adapter in adapters)
         return tuple(t for t in targets if t is not None)
 
-    def _is_additive(self, adapter: LoadedAdapter) -> bool:
-        """Whether K of a shared token is the sum of the base's and the adapter's part: not after a norm."""
-        return not (self._model.has_qk_norm and "k_proj" in adapter.info.target_modules)
+    def _has_rank_class(self, adapter: LoadedAdapter) -> bool:
+        """Whether some residual page is wide enough; without one nothing but own tokens can be served."""
+        return adapter.residual_rank <= self._geometry.rank_classes[-1]
 
     def _check_residual(self, adapter: LoadedAdapter, sharing: Sharing) -> None:
-        if not self._is_additive(adapter):
+        if not self._has_rank_class(adapter):
             raise Unsupported(
                 "sharing",
                 str(sharing),
-                f"with adapter {adapter.info.name}, which changes k_proj, is not supported on a model with QK-norm",
-                "Use isolated or base, or an adapter without k_proj.",
+                f"with adapter {adapter.info.name} needs {adapter.residual_rank} columns of residual (rank on k and v, and one "
+                f"for each kv head on a model with QK-norm), and the widest page has {self._geometry.rank_classes[-1]}",
+                "Use isolated or base, or an adapter of a smaller rank.",
             )
 
     def _target(self, adapter: LoadedAdapter, sharing: Sharing) -> ResidualTarget | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from forkkv_kernels.ops.qk_norm import KeyScale
 from forkkv_kernels.ops.residual_attention import (
     GroupResidual,
     attend,
@@ -35,12 +36,16 @@ from forkkv_cluster.engine.layers.rotary import RotaryTable
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LayerResidual:
-    """One adapter's residual of one layer at some slots: a_k [S, r_k], b_k [r_k, Hkv, D]; likewise v. None: not targeted."""
+    """One adapter's residual of one layer at some slots: a_k [S, r_k], b_k [r_k, Hkv, D]; likewise v. None: not targeted.
+
+    k_scale goes with a_k under QK-norm.
+    """
 
     a_k: Tensor | None
     b_k: Tensor | None
     a_v: Tensor | None
     b_v: Tensor | None
+    k_scale: KeyScale | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +109,8 @@ class PagedAttention:
         residual = self._residual(layer, piece.adapter_slot, piece.slots)
         k, v = base_k, base_v
         if residual.a_k is not None and residual.b_k is not None:
-            k = reconstruct_k(base_k, residual.a_k, residual.b_k, self._rotary.rows[piece.start : piece.end])
+            cos_sin = self._rotary.rows[piece.start : piece.end]
+            k = reconstruct_k(base_k, residual.a_k, residual.b_k, cos_sin, residual.k_scale)
         if residual.a_v is not None and residual.b_v is not None:
             v = reconstruct_v(base_v, residual.a_v, residual.b_v)
         return k, v
@@ -133,7 +139,9 @@ class PagedAttention:
 
     def _group_residual(self, layer: int, tile: TileResidual) -> GroupResidual:
         residual = self._residual(layer, tile.adapter_slot, tile.slots)
-        return GroupResidual(tile.row_start, tile.row_end, residual.a_k, residual.b_k, residual.a_v, residual.b_v)
+        return GroupResidual(
+            tile.row_start, tile.row_end, residual.a_k, residual.b_k, residual.a_v, residual.b_v, residual.k_scale
+        )
 
     def _residual(self, layer: int, adapter_slot: int, slots: Slots) -> _LayerResidual:
         weights = self._adapters[adapter_slot]
@@ -146,9 +154,13 @@ class PagedAttention:
             if part is None:
                 factors += [None, None]
             else:
-                b = part.b.view(part.rank, geometry.num_kv_heads, geometry.head_dim)
+                b = part.shared_b.view(part.rank, geometry.num_kv_heads, geometry.head_dim)
                 factors += [_take(pool[:, : part.rank], slots), b]
-        return _LayerResidual(*factors)
+        scale = None
+        if lora.has_key_scale:
+            scale = KeyScale(*(_take(columns, slots) for columns in lora.key_scale_columns(pools, geometry.num_kv_heads)))
+        a_k, b_k, a_v, b_v = factors
+        return _LayerResidual(a_k, b_k, a_v, b_v, scale)
 
     def _mask(self, start_pos: int, kv_len: int) -> Tensor:
         """[rows, kv_len] bool, True where visible; built once for all layers."""

@@ -77,7 +77,10 @@ class LoraSegment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidualWrite:
-    """x A_k and x A_v of ``rows`` [n] go to ``slots`` [n] of the pool of the adapter's rank class (page * P + offset)."""
+    """x A_k and x A_v of ``rows`` [n] go to ``slots`` [n] of the pool of the adapter's rank class (page * P + offset).
+
+    With QK-norm the K of these rows is that of their own x, before its norm, and ``KeyScale`` follows from it.
+    """
 
     adapter_slot: int
     rows: IntArray

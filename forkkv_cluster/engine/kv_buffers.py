@@ -29,7 +29,10 @@ class KVBuffers:
         return self._base[layer, 0], self._base[layer, 1]
 
     def residual(self, layer: int, rank_class: int) -> tuple[Tensor, Tensor]:
-        """x A_k and x A_v of one layer by slot: [num_slots, rank_class] each, views; columns beyond r_k, r_v are unused."""
+        """x A_k and x A_v of one layer by slot: [num_slots, rank_class] each, views.
+
+        Columns beyond r_k, r_v hold ``KeyScale`` where there is one (``LayerLora.key_scale_columns``), else nothing.
+        """
         view = self._residual[rank_class]
         return view[layer, 0], view[layer, 1]
 

@@ -13,8 +13,8 @@ from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.engine.digest import digest_files
 from forkkv_cluster.engine.dummy_weights import DummyWeights
 from forkkv_cluster.engine.models.config import ModelConfig, parse_config, read_json
-from forkkv_cluster.engine.models.llama import LlamaModel
-from forkkv_cluster.engine.models.registry import loader_of
+from forkkv_cluster.engine.models.decoder import Decoder, load_decoder
+from forkkv_cluster.engine.models.registry import family_of
 from forkkv_cluster.engine.safetensors_reader import SafetensorsReader
 
 LOAD_FORMATS = ("auto", "dummy")
@@ -26,7 +26,7 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints ca
 class LoadedModel:
     """Weights on the device, and what identifies them."""
 
-    model: LlamaModel
+    model: Decoder
     config: ModelConfig
     digest: str
     dtype: torch.dtype
@@ -64,19 +64,19 @@ def load_model(path: str | Path, dtype: str, device: torch.device, load_format: 
     if not directory.is_dir():
         raise InvalidArgument("model.path", str(path), "is not a directory", "Name a Hugging Face checkpoint directory.")
     raw = read_json(directory / "config.json")
-    architecture, build = loader_of(raw.get("architectures"))
+    family = family_of(raw.get("architectures"))
     generation = directory / "generation_config.json"
-    config = parse_config(raw, architecture, read_json(generation) if generation.exists() else {})
+    config = parse_config(raw, family, read_json(generation) if generation.exists() else {})
     torch_dtype = resolve_dtype(dtype, config, device)
     if load_format == "dummy":
         dummy = DummyWeights(torch_dtype, device, float(raw.get("initializer_range") or 0.02))
         return LoadedModel(
-            build(config, dummy.take), config, dummy.digest(digest_files([directory / "config.json"])), torch_dtype
+            load_decoder(config, dummy.take), config, dummy.digest(digest_files([directory / "config.json"])), torch_dtype
         )
     shards = _weight_files(directory)
     with ExitStack() as stack:
         checkpoint = _Checkpoint([stack.enter_context(SafetensorsReader(shard)) for shard in shards], torch_dtype, device)
-        model = build(config, checkpoint.take)
+        model = load_decoder(config, checkpoint.take)
         checkpoint.check_all_taken(config)
     return LoadedModel(model, config, digest_files([directory / "config.json", *shards]), torch_dtype)
 

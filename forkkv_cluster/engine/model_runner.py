@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from forkkv_kernels.ops.qk_norm import KeyScale
 from forkkv_kernels.ops.residual_attention import reconstruct_k, reconstruct_v
 from torch import Tensor
 
@@ -29,7 +30,8 @@ class ModelRunner:
     def __init__(self, loaded: LoadedModel, *, name: str, page_size: int, max_model_len: int = 0, device: torch.device) -> None:
         """``max_model_len`` tokens, 0 for the model's own limit.
 
-        Raises InvalidArgument for one beyond it, Unsupported for one at which the rotary frequencies follow the length.
+        Raises InvalidArgument for one beyond it, Unsupported for one at which the rotary frequencies follow the length or a
+        sliding window hides tokens.
         """
         config = loaded.config
         _check_length(config, max_model_len or config.max_position)
@@ -44,7 +46,6 @@ class ModelRunner:
             base_bytes_per_token=self.geometry.base_bytes_per_token,
             dtype=str(loaded.dtype).removeprefix("torch."),
             eos_token_ids=config.eos_token_ids,
-            has_qk_norm=config.qk_norm,
         )
         self._model = loaded.model
         self._device = device
@@ -75,7 +76,8 @@ class ModelRunner:
 
     def load_adapter(self, name: str, path: str | Path) -> tuple[int, AdapterInfo]:
         """Load a PEFT directory into the lowest free slot. Raises as ``adapters.load_adapter``; nothing changes then."""
-        weights = load_adapter(name, path, self.config, self.geometry, self.dtype, self._device)
+        k_norms = self._model.k_norms
+        weights = load_adapter(name, path, self.config, self.geometry, self.dtype, self._device, k_norms)
         return self._adapters.add(weights), weights.info
 
     def unload_adapter(self, slot: int) -> None:
@@ -83,7 +85,8 @@ class ModelRunner:
         self._adapters.remove(slot)
 
     def residual_rank(self, slot: int) -> int:
-        """Largest rank on k or v, 0 without LoRA on either. Raises NotFound when the slot is empty."""
+        """Columns of the adapter's residual (``AdapterWeights``), 0 without LoRA on k and v. Raises NotFound when the slot is
+        empty."""
         return self._adapters[slot].residual_rank
 
     def rank_class(self, slot: int) -> int | None:
@@ -125,13 +128,15 @@ class ModelRunner:
         source = slice(residual_page * size, residual_page * size + copy.num_tokens)
         cos_sin = self._rotary.rows[copy.start_pos : copy.start_pos + copy.num_tokens]
         for index, layer in enumerate(weights.layers):
-            (k, v), (a_k, a_v) = self.kv.base(index), self.kv.residual(index, rank_class)
+            (k, v), pools = self.kv.base(index), self.kv.residual(index, rank_class)
+            a_k, a_v = (pool[source] for pool in pools)
             if layer.k is not None:
-                b_k = layer.k.b.view(layer.k.rank, *heads)
-                k[target] = reconstruct_k(k[target], a_k[source, : layer.k.rank], b_k, cos_sin)
+                b_k = layer.k.shared_b.view(layer.k.rank, *heads)
+                scale = KeyScale(*layer.key_scale_columns((a_k, a_v), heads[0])) if layer.has_key_scale else None
+                k[target] = reconstruct_k(k[target], a_k[:, : layer.k.rank], b_k, cos_sin, scale)
             if layer.v is not None:
                 b_v = layer.v.b.view(layer.v.rank, *heads)
-                v[target] = reconstruct_v(v[target], a_v[source, : layer.v.rank], b_v)
+                v[target] = reconstruct_v(v[target], a_v[:, : layer.v.rank], b_v)
 
 
 def _check_length(config: ModelConfig, max_model_len: int) -> None:
@@ -140,6 +145,10 @@ def _check_length(config: ModelConfig, max_model_len: int) -> None:
         # A cached, rotated K would depend on how long the sequence was that wrote it.
         raise Unsupported("rope_type", config.rope.rope_type, f"changes with the length beyond {fixed} tokens",
                           f"Set model.max_model_len to at most {fixed} (it is {max_model_len}).")  # fmt: skip
+    window = config.sliding_window
+    if window is not None and max_model_len > window:
+        raise Unsupported("sliding_window", window, "hides tokens of longer sequences, which is not supported",
+                          f"Set model.max_model_len to at most {window} (it is {max_model_len}).")  # fmt: skip
     if max_model_len > config.max_position:
         raise InvalidArgument("model.max_model_len", max_model_len, f"is beyond the model's {config.max_position}",
                               "Lower it, or send 0 for the model's own limit.")  # fmt: skip

@@ -53,12 +53,23 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "yarn-rope-smooth": lambda: llama(rope_parameters={**YARN_ROPE, "truncate": False, "attention_factor": 0.7}),
     "yarn-rope-mscale": lambda: llama(rope_parameters={**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.5}),
     "dynamic-rope": lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 300.0, "factor": 2.0}),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True)),
+    "mistral": lambda: mistral(),
+    "mistral-tied-wide-heads": lambda: mistral(tie_word_embeddings=True, head_dim=16, rope_parameters=LLAMA3_ROPE),
+    "qwen2": lambda: qwen2(),
+    "qwen2-mha-tied": lambda: qwen2(num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen2-yarn-rope": lambda: qwen2(rope_parameters=YARN_ROPE),
     "qwen3": lambda: qwen3(),
     "qwen3-biased-tied": lambda: qwen3(attention_bias=True, tie_word_embeddings=True),
+    "qwen3-yarn-rope": lambda: qwen3(num_key_value_heads=1, rope_parameters=YARN_ROPE),
 }
+
+
+def mistral(**options: Any) -> Any:
+    return MistralForCausalLM(MistralConfig(**(SMALL | {"sliding_window": None} | options)))
+
+
+def qwen2(**options: Any) -> Any:
+    return Qwen2ForCausalLM(Qwen2Config(**(SMALL | options)))
 
 
 def qwen3(**options: Any) -> Any:

@@ -75,7 +75,6 @@ def test_end_tokens_come_from_the_generation_config_first(
         ("quantization_config", {"quant_method": "gptq"}),
         ("num_local_experts", 8),
         ("vision_config", {"hidden_size": 8}),
-        ("sliding_window", 128),
         ("layer_types", ["full_attention", "linear_attention"]),
         ("mlp_bias", True),
         ("hidden_act", "gelu"),
@@ -89,11 +88,6 @@ def test_what_would_change_the_result_is_refused_by_name(checkpoint: Path, field
     named = "rope_type" if field == "rope_parameters" else field
     with pytest.raises(Unsupported, match=named):
         load_model(checkpoint, "float32", CPU)
-
-
-def test_a_window_that_is_not_in_use_is_no_obstacle(checkpoint: Path) -> None:
-    edit_config(checkpoint, sliding_window=64, use_sliding_window=False)
-    assert load_model(checkpoint, "float32", CPU).config.num_layers == 2
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings"])

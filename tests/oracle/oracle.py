@@ -10,6 +10,14 @@ and slow. Notation: context c, own tokens o, adapter i, layer input x (after the
     eager         c as the base model wrote it, plus the adapter's residual of the *base model's* x
     residual      c's base KV as the writer wrote it, plus the adapter's residual of *its own* x, computed while it
                   attends to just that sum
+
+With QK-norm, K = R(N(x W_k)) where N(k) = gamma k / rms(k), and the sums stand inside of N:
+
+    eager         K = R(N(x W_k + x A_k B_k s)), x the base model's
+    residual      with y = x W_k of its own x, k = y + x A_k B_k s, and b the writer's x W_k:
+                  K = R(gamma (rms(y) b / rms(b) + x A_k B_k s) / rms(k))
+                  The shared K knows b's direction and not its length: the agent's own pass gives both lengths. Where the
+                  writer is the agent, b = y, and K = R(N(k)).
 """
 
 from __future__ import annotations
@@ -46,7 +54,7 @@ NO_ADAPTER = OracleAdapter({})
 
 
 class Oracle:
-    """A Llama checkpoint with plain rotary embedding and no biases."""
+    """A checkpoint of the Llama family with plain rotary embedding: biases, QK-norm and tied embeddings as its tensors say."""
 
     def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32) -> None:
         config = json.loads((model_dir / "config.json").read_text())
@@ -54,7 +62,9 @@ class Oracle:
         self.weights = {name: tensor.to(dtype) for name, tensor in load_file(model_dir / "model.safetensors").items()}
         self.num_layers = config["num_hidden_layers"]
         self.num_heads, self.num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.head_dim, self.eps = config["head_dim"], config["rms_norm_eps"]
+        self.head_dim = config.get("head_dim") or config["hidden_size"] // self.num_heads
+        self.eps = config["rms_norm_eps"]
+        self.has_qk_norm = "model.layers.0.self_attn.k_norm.weight" in self.weights
         self.theta = config["rope_parameters"]["rope_theta"]
 
     def adapter(self, directory: Path) -> OracleAdapter:
@@ -95,15 +105,19 @@ class Oracle:
         who_writes = writer or NO_ADAPTER
         _, inputs, _ = self._run(context, 0, who_writes, [], self._full(who_writes))
         positions = torch.arange(len(context))
-        base = [self._product(layer, x, positions) for layer, x in enumerate(inputs)]
-        if sharing == "base":
-            return base
-        if sharing == "eager":
-            return [_plus(kv, self._residual(layer, inputs[layer], positions, agent)) for layer, kv in enumerate(base)]
+        if sharing in ("base", "eager"):
+            lora = agent if sharing == "eager" else NO_ADAPTER
+            return [self._full(lora)(layer, x, positions) for layer, x in enumerate(inputs)]
         if sharing == "residual":
 
             def over_shared_base(layer: int, x: Tensor, where: Tensor) -> KV:
-                return _plus(base[layer], self._residual(layer, x, where, agent))
+                base, delta = self._product(layer, inputs[layer]), self._residual(layer, x, agent)
+                k, v = _plus(base, delta)
+                if self.has_qk_norm:
+                    own, _ = self._product(layer, x)
+                    k = (base[0] * self._rms(own) / self._rms(base[0]) + delta[0]) / self._rms(own + delta[0])
+                    k = k * self.weights[f"model.layers.{layer}.self_attn.k_norm.weight"]
+                return self._rotate(k, where), v
 
             _, _, seen = self._run(context, 0, agent, [], over_shared_base)
             return seen
@@ -128,33 +142,38 @@ class Oracle:
             inputs.append(x)
             new.append(new_kv(layer, x, positions))
             k, v = (torch.cat((p, n)) for p, n in zip(past[layer], new[layer], strict=True)) if past else new[layer]
-            q = self._rotate(self._linear(f"{name}self_attn.q_proj", x, lora).view(len(x), -1, self.head_dim), positions)
+            q = self._linear(f"{name}self_attn.q_proj", x, lora).view(len(x), -1, self.head_dim)
+            q = self._rotate(self._head_norm(f"{name}self_attn.q_norm", q), positions)
             attended = self._attend(q, k, v, positions)
             hidden = hidden + self._linear(f"{name}self_attn.o_proj", attended, lora)
             x = self._norm(hidden, w[f"model.{name}post_attention_layernorm.weight"])
             gate = torch.nn.functional.silu(self._linear(f"{name}mlp.gate_proj", x, lora))
             hidden = hidden + self._linear(f"{name}mlp.down_proj", gate * self._linear(f"{name}mlp.up_proj", x, lora), lora)
-        return self._norm(hidden, w["model.norm.weight"]) @ w["lm_head.weight"].T, inputs, new
+        lm_head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+        return self._norm(hidden, w["model.norm.weight"]) @ lm_head.T, inputs, new
 
     def _full(self, lora: OracleAdapter) -> Callable[[int, Tensor, Tensor], KV]:
         """K and V of an ordinary pass: base product plus the adapter's part of the same x."""
 
         def new_kv(layer: int, x: Tensor, positions: Tensor) -> KV:
-            return _plus(self._product(layer, x, positions), self._residual(layer, x, positions, lora))
+            k, v = _plus(self._product(layer, x), self._residual(layer, x, lora))
+            return self._rotate(self._head_norm(f"layers.{layer}.self_attn.k_norm", k), positions), v
 
         return new_kv
 
-    def _product(self, layer: int, x: Tensor, positions: Tensor) -> KV:
-        k, v = (x @ self.weights[f"model.layers.{layer}.self_attn.{m}_proj.weight"].T for m in "kv")
-        return self._rotate(self._heads(k), positions), self._heads(v)
+    def _product(self, layer: int, x: Tensor) -> KV:
+        """x W_k, before norm and rotation, and x W_v."""
+        k, v = (self._linear(f"layers.{layer}.self_attn.{m}_proj", x, NO_ADAPTER) for m in "kv")
+        return self._heads(k), self._heads(v)
 
-    def _residual(self, layer: int, x: Tensor, positions: Tensor, lora: OracleAdapter) -> KV:
+    def _residual(self, layer: int, x: Tensor, lora: OracleAdapter) -> KV:
         zero = x.new_zeros(len(x), self.num_kv_heads * self.head_dim)
         k, v = (zero + lora.delta(f"layers.{layer}.self_attn.{m}_proj", x) for m in "kv")
-        return self._rotate(self._heads(k), positions), self._heads(v)
+        return self._heads(k), self._heads(v)
 
     def _linear(self, module: str, x: Tensor, lora: OracleAdapter) -> Tensor:
-        return x @ self.weights[f"model.{module}.weight"].T + lora.delta(module, x)
+        bias = self.weights.get(f"model.{module}.bias", torch.zeros(1, dtype=self.dtype))
+        return x @ self.weights[f"model.{module}.weight"].T + bias + lora.delta(module, x)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         group = self.num_heads // self.num_kv_heads
@@ -164,8 +183,15 @@ class Oracle:
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         return torch.einsum("hts,shd->thd", weights, v).flatten(1)
 
+    def _rms(self, x: Tensor) -> Tensor:
+        return torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
+        return x / self._rms(x) * weight
+
+    def _head_norm(self, module: str, x: Tensor) -> Tensor:
+        """x [n, heads, D], normalised over D where the model does so."""
+        return self._norm(x, self.weights[f"model.{module}.weight"]) if self.has_qk_norm else x
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         half = self.head_dim // 2

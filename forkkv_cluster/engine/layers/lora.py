@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from forkkv_kernels.ops.lora import lora_expand_, lora_shrink
@@ -24,6 +24,7 @@ class LoraPart:
     """One module in a fused group: its columns of the shrink, its columns of the fused output, its B.
 
     b [rank, out] with the scaling folded in. A bias is its last row, beside a column of ones in the shrink.
+    normed_b is b times the weight of the norm that follows, on k of a model with QK-norm; else None.
     """
 
     rank_start: int
@@ -31,10 +32,21 @@ class LoraPart:
     out_start: int
     out_end: int
     b: Tensor
+    normed_b: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.rank_end - self.rank_start
+
+    @property
+    def shared_b(self) -> Tensor:
+        """[rank, out]: what turns the residual of shared tokens into what is added to their base KV."""
+        return self.b if self.normed_b is None else self.normed_b
+
+    def with_norm(self, weight: Tensor) -> LoraPart:
+        """The same before a norm of this weight [D], over heads of D elements of its output."""
+        heads = self.b.float().view(len(self.b), -1, len(weight))
+        return replace(self, normed_b=(heads * weight.to(self.b.device).float()).flatten(1).to(self.b.dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,16 +10,19 @@ from typing import Any
 
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.engine.layers.rotary import RopeSettings
+from forkkv_cluster.engine.models.family import Family
 from forkkv_cluster.engine.models.rope_config import parse_rope
 
-_DEFAULT_HEAD_DIM = {"Qwen3ForCausalLM": 128}  # the others divide hidden_size by the heads
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 _MULTIMODAL_KEYS = ("vision_config", "audio_config", "image_token_id", "image_token_index")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A dense decoder of the Llama family. Sizes in elements, ``max_position`` in tokens."""
+    """A dense decoder. Sizes in elements, ``max_position`` in tokens.
+
+    ``sliding_window`` tokens: longest sequence of which no layer hides anything; None where there is no such limit.
+    """
 
     architecture: str
     vocab_size: int
@@ -31,6 +34,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     max_position: int
+    sliding_window: int | None
     rope: RopeSettings
     tie_embeddings: bool
     qkv_bias: bool
@@ -53,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_config(config: Mapping[str, Any], architecture: str, generation: Mapping[str, Any]) -> ModelConfig:
+def parse_config(config: Mapping[str, Any], family: Family, generation: Mapping[str, Any]) -> ModelConfig:
     """Check and convert ``config.json`` and ``generation_config.json`` (may be empty).
 
     Raises Unsupported for features that would change the result, InvalidArgument for missing or impossible sizes.
@@ -62,30 +66,32 @@ def parse_config(config: Mapping[str, Any], architecture: str, generation: Mappi
     num_heads = _size(config, "num_attention_heads")
     hidden_size = _size(config, "hidden_size")
     num_kv_heads = _size(config, "num_key_value_heads", num_heads)
-    head_dim = _size(config, "head_dim", _DEFAULT_HEAD_DIM.get(architecture, hidden_size // num_heads))
+    head_dim = _size(config, "head_dim", family.default_head_dim or hidden_size // num_heads)
     if num_heads % num_kv_heads or head_dim % 2:
         raise InvalidArgument(
             "num_key_value_heads", num_kv_heads, f"does not fit {num_heads} heads of {head_dim} elements", "Mend config.json."
         )
     max_position = _size(config, "max_position_embeddings")
-    _refuse_sliding_window(config, max_position)
-    attention_bias = bool(config.get("attention_bias", False))
+    num_layers = _size(config, "num_hidden_layers")
+    window = family.sliding_window(config, num_layers)
+    biases = family.biases(config)
     return ModelConfig(
-        architecture=architecture,
+        architecture=family.architecture,
         vocab_size=_size(config, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_size(config, "intermediate_size"),
-        num_layers=_size(config, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_position=max_position,
+        sliding_window=window if window is not None and window < max_position else None,
         rope=parse_rope(config, max_position, head_dim),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
-        o_bias=attention_bias,
+        qkv_bias=biases.qkv,
+        qk_norm=family.has_qk_norm,
+        o_bias=biases.o,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         eos_token_ids=_eos(config, generation),
     )
@@ -117,13 +123,6 @@ def _refuse_features(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise Unsupported("hidden_act", activation, "is not supported", "Use a model with silu.")
-
-
-def _refuse_sliding_window(config: Mapping[str, Any], max_position: int) -> None:
-    # Qwen2 names a window that it does not use unless ``use_sliding_window``; Mistral has no such switch.
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and window < max_position:
-        raise Unsupported("sliding_window", window, "sliding-window attention is not supported", "Use a model without it.")
     unknown = sorted(set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if unknown:
         raise Unsupported("layer_types", unknown, "are not supported", "Use a model of full_attention layers.")

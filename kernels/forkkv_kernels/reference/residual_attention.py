@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from forkkv_kernels.reference.qk_norm import KeyScale, scale_k, scale_scores_
 from forkkv_kernels.reference.rope import apply_rope
 
 MASKED = -1e30
@@ -46,6 +47,7 @@ class GroupResidual:
     """The residual that rows [row_start, row_end) of a group add to base KV.
 
     a_k [S, r_k], b_k [r_k, Hkv, D]; a_v [S, r_v], b_v [r_v, Hkv, D]; a pair is None where the adapter leaves k or v alone.
+    k_scale goes with a_k on a model with QK-norm (``qk_norm``).
     """
 
     row_start: int
@@ -54,6 +56,7 @@ class GroupResidual:
     b_k: Tensor | None
     a_v: Tensor | None
     b_v: Tensor | None
+    k_scale: KeyScale | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,10 +68,11 @@ class PartialAttention:
     output: Tensor
 
 
-def reconstruct_k(base_k: Tensor, a_k: Tensor, b_k: Tensor, cos_sin: Tensor) -> Tensor:
-    """base_k [S, Hkv, D] rotated, a_k [S, r], b_k [r, Hkv, D], cos_sin [S, D] fp32 -> K [S, Hkv, D]."""
+def reconstruct_k(base_k: Tensor, a_k: Tensor, b_k: Tensor, cos_sin: Tensor, scale: KeyScale | None = None) -> Tensor:
+    """base_k [S, Hkv, D] rotated, a_k [S, r], b_k [r, Hkv, D], cos_sin [S, D] fp32 -> K [S, Hkv, D]; ``scale`` with QK-norm."""
     delta = torch.matmul(a_k, b_k.flatten(1)).view(base_k.shape)
-    return base_k + apply_rope(delta, cos_sin)
+    rotated = apply_rope(delta, cos_sin)
+    return base_k + rotated if scale is None else scale_k(base_k, rotated, scale)
 
 
 def reconstruct_v(base_v: Tensor, a_v: Tensor, b_v: Tensor) -> Tensor:
@@ -143,7 +147,10 @@ def attend_grouped(
     if keys.dtype != torch.float32:
         keys = keys.contiguous()  # oneDNN multiplies a strided bf16 operand three times slower than it copies it
     scores = torch.matmul(q.reshape(*rows, head_dim), keys.transpose(1, 2)).float().view(num_kv_heads, num_rows, group, -1)
+    k_scales = {r.row_start: r.k_scale for r in residuals if r.k_scale is not None}
     for start, end, added in _residual_scores(q, residuals, cos_sin):
+        if start in k_scales:
+            scale_scores_(scores[:, start:end], added, k_scales[start])
         scores[:, start:end] += added
     if mask is not None:
         scores.masked_fill_(mask[None, :, None, :], MASKED)

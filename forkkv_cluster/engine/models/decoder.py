@@ -1,0 +1,220 @@
+"""The decoder that every family of ``registry`` runs on: our own forward pass over paged KV.
+
+With QK-norm (Qwen3) base pages hold the normalised K, as a request without an adapter reads it. An adapter's K of shared
+tokens is not that plus its part, so its residual also keeps what rescales both (``forkkv_kernels.reference.qk_norm``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from forkkv_kernels.ops.qk_norm import inverse_rms, key_scale
+from forkkv_kernels.ops.rms_norm import rms_norm
+from forkkv_kernels.ops.rope import apply_rope
+from torch import Tensor
+from torch.nn.functional import silu
+
+from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
+from forkkv_cluster.engine.attention import PagedAttention
+from forkkv_cluster.engine.kv_buffers import KVBuffers
+from forkkv_cluster.engine.layers.linear import Linear
+from forkkv_cluster.engine.layers.lora import FusedLora
+from forkkv_cluster.engine.models.config import ModelConfig
+from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """H hidden, I intermediate, Q = Hq * D, KV = Hkv * D.
+
+    input_norm, post_norm [H]; q_norm, k_norm [D] where the family has them;
+    qkv H -> Q + 2 KV and o Q -> H, each with a bias where the family has one;
+    gate_up H -> 2 I; down I -> H.
+    """
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderWeights:
+    """embed [V, H], norm [H], lm_head H -> V (over the same weights when tied)."""
+
+    embed: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    lm_head: Linear
+
+
+class Decoder:
+    """Stateless over its weights: all state of a step is in its arguments."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+        self.config = config
+        self._weights = weights
+
+    @property
+    def k_norms(self) -> tuple[Tensor, ...]:
+        """Weight [D] of K's norm by layer; empty where the family has none."""
+        return tuple(layer.k_norm for layer in self._weights.layers if layer.k_norm is not None)
+
+    def forward(self, step: StepInputs, attention: PagedAttention, kv: KVBuffers, adapters: AdapterSlots) -> Tensor:
+        """Run all rows, write their KV, return logits [R, V] fp32 of ``step.logit_rows``."""
+        hidden = self._weights.embed[step.token_ids]
+        eps = self.config.rms_norm_eps
+        for index, weights in enumerate(self._weights.layers):
+            lora = [adapters[segment.adapter_slot].layers[index] for segment in step.lora]
+            x = rms_norm(hidden, weights.input_norm, eps)
+            q = self._project_and_store(index, x, step, lora, kv, adapters)
+            if index == self.config.num_layers - 1 and len(step.logit_rows) == 0:
+                break  # A pass for its KV alone: nobody reads what the last layer would compute.
+            attended = attention.run(index, q).flatten(1)
+            hidden = hidden + _linear(attended, weights.o, step, [layer.o for layer in lora])
+            x = rms_norm(hidden, weights.post_norm, eps)
+            hidden = hidden + _mlp(x, weights, step, lora)
+        final = rms_norm(hidden[step.logit_rows], self._weights.norm, eps)
+        return self._weights.lm_head(final).float()
+
+    def _project_and_store(
+        self, index: int, x: Tensor, step: StepInputs, lora: list[LayerLora], kv: KVBuffers, adapters: AdapterSlots
+    ) -> Tensor:
+        """Project q, k, v; write KV of this layer; return q [T, Hq, D] rotated."""
+        config, weights = self.config, self._weights.layers[index]
+        qkv = weights.qkv(x)
+        shrunk = [_add_qkv_lora(qkv, x, step, number, layer.qkv) for number, layer in enumerate(lora)]
+        heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        rotated = apply_rope(_normed_qk(heads[:, : config.num_heads + config.num_kv_heads], weights, config), step.cos_sin)
+        key_cache, value_cache = kv.base(index)
+        key_cache[step.base_slots] = rotated[step.base_rows, config.num_heads :]
+        value_cache[step.base_slots] = heads[step.base_rows, config.num_heads + config.num_kv_heads :]
+        _store_residuals(index, x, step, shrunk, kv, adapters)
+        if config.qk_norm:
+            k = heads[:, config.num_heads : config.num_heads + config.num_kv_heads]
+            _store_key_scales(index, k, step, kv, adapters, config.rms_norm_eps)
+        q: Tensor = rotated[:, : config.num_heads]
+        return q
+
+
+def _normed_qk(qk: Tensor, weights: LayerWeights, config: ModelConfig) -> Tensor:
+    """qk [T, Hq + Hkv, D], the heads of q before those of k: each normalised over D where the family does so."""
+    if weights.q_norm is None or weights.k_norm is None:
+        return qk
+    q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
+    return torch.cat(
+        (rms_norm(q, weights.q_norm, config.rms_norm_eps), rms_norm(k, weights.k_norm, config.rms_norm_eps)), dim=1
+    )
+
+
+def _add_qkv_lora(qkv: Tensor, x: Tensor, step: StepInputs, number: int, lora: FusedLora | None) -> Tensor | None:
+    """Expand q for the whole segment, k and v for its merged rows only; returns x [A_q | A_k | A_v]."""
+    if lora is None:
+        return None
+    segment = step.lora[number]
+    shrunk = lora.shrink(x[segment.rows])
+    lora.expand_(qkv[segment.rows], shrunk, "q_proj")
+    if segment.merged is None:
+        for module in ("k_proj", "v_proj"):
+            lora.expand_(qkv[segment.rows], shrunk, module)
+    elif len(segment.merged):
+        some = qkv[segment.rows][segment.merged]
+        for module in ("k_proj", "v_proj"):
+            lora.expand_(some, shrunk[segment.merged], module)
+        qkv[segment.rows][segment.merged] = some
+    return shrunk
+
+
+def _store_residuals(
+    index: int, x: Tensor, step: StepInputs, shrunk: list[Tensor | None], kv: KVBuffers, adapters: AdapterSlots
+) -> None:
+    """Write x A_k and x A_v of every residual write; a segment's own shrink is used again where it has them."""
+    for write in step.residual_writes:
+        weights = adapters[write.adapter_slot]
+        lora = weights.layers[index]
+        if lora.qkv is None or (lora.k is None and lora.v is None):
+            continue
+        product, rank_offset = _residual_product(x, write, shrunk, lora)
+        pools = kv.residual(index, kv.geometry.rank_class(weights.residual_rank))
+        for pool, part in zip(pools, (lora.k, lora.v), strict=True):
+            if part is not None:
+                columns = slice(part.rank_start - rank_offset, part.rank_end - rank_offset)
+                pool[:, : part.rank][write.slots] = product[:, columns]
+
+
+def _store_key_scales(index: int, k: Tensor, step: StepInputs, kv: KVBuffers, adapters: AdapterSlots, eps: float) -> None:
+    """Beside x A_k of every residual write. k [T, Hkv, D] before its norm; rows that write a residual never have it merged."""
+    writes = [w for w in step.residual_writes if adapters[w.adapter_slot].layers[index].has_key_scale]
+    if not writes:
+        return
+    base_norm = inverse_rms(k, eps)
+    for write in writes:
+        weights = adapters[write.adapter_slot]
+        lora = weights.layers[index]
+        assert lora.k is not None
+        pools = kv.residual(index, kv.geometry.rank_class(weights.residual_rank))
+        a_k = pools[0][:, : lora.k.rank][write.slots]
+        scale = key_scale(k[write.rows], base_norm[write.rows], a_k, lora.k.b, eps)
+        norm, change = lora.key_scale_columns(pools, kv.geometry.num_kv_heads)
+        norm[write.slots], change[write.slots] = scale.norm.to(k.dtype), scale.change.to(k.dtype)
+
+
+def _residual_product(x: Tensor, write: ResidualRows, shrunk: list[Tensor | None], lora: LayerLora) -> tuple[Tensor, int]:
+    """x [A_k | A_v] of the write's rows, and the rank at which its first column starts."""
+    ready = shrunk[write.segment] if write.segment is not None else None
+    if ready is not None:
+        return ready[write.segment_rows], 0
+    first = min(part.rank_start for part in (lora.k, lora.v) if part is not None)
+    assert lora.qkv is not None
+    return lora.qkv.shrink_from(x[write.rows], first), first
+
+
+def _linear(x: Tensor, base: Linear, step: StepInputs, lora: list[FusedLora | None]) -> Tensor:
+    out = base(x)
+    for segment, factors in zip(step.lora, lora, strict=True):
+        if factors is not None:
+            factors.apply_(out[segment.rows], x[segment.rows])
+    return out
+
+
+def _mlp(x: Tensor, weights: LayerWeights, step: StepInputs, lora: list[LayerLora]) -> Tensor:
+    gate, up = _linear(x, weights.gate_up, step, [layer.gate_up for layer in lora]).chunk(2, dim=-1)
+    return _linear(silu(gate) * up, weights.down, step, [layer.down for layer in lora])
+
+
+def load_decoder(config: ModelConfig, take: Callable[[str, tuple[int, ...]], Tensor]) -> Decoder:
+    """Assemble the model; ``take(name, shape)`` gives one checkpoint tensor of that shape in the target dtype."""
+    embed = take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    layers = tuple(_load_layer(config, f"model.layers.{index}.", take) for index in range(config.num_layers))
+    norm = take("model.norm.weight", (config.hidden_size,))
+    lm_head = embed if config.tie_embeddings else take("lm_head.weight", (config.vocab_size, config.hidden_size))
+    return Decoder(config, DecoderWeights(embed, layers, norm, Linear(lm_head)))
+
+
+def _load_layer(config: ModelConfig, prefix: str, take: Callable[[str, tuple[int, ...]], Tensor]) -> LayerWeights:
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv_bias = None
+    if config.qkv_bias:
+        qkv_bias = torch.cat([take(f"{attention}{name}.bias", (size,)) for name, size in sizes.items()])
+    return LayerWeights(
+        input_norm=take(prefix + "input_layernorm.weight", (hidden,)),
+        qkv=Linear(torch.cat([take(f"{attention}{name}.weight", (size, hidden)) for name, size in sizes.items()]), qkv_bias),
+        q_norm=take(attention + "q_norm.weight", (config.head_dim,)) if config.qk_norm else None,
+        k_norm=take(attention + "k_norm.weight", (config.head_dim,)) if config.qk_norm else None,
+        o=Linear(
+            take(attention + "o_proj.weight", (hidden, q_size)),
+            take(attention + "o_proj.bias", (hidden,)) if config.o_bias else None,
+        ),
+        post_norm=take(prefix + "post_attention_layernorm.weight", (hidden,)),
+        gate_up=Linear(torch.cat([take(f"{mlp}{name}_proj.weight", (intermediate, hidden)) for name in ("gate", "up")])),
+        down=Linear(take(mlp + "down_proj.weight", (hidden, intermediate))),
+    )
