@@ -32,8 +32,8 @@ class SequenceCache:
         """Claim pages for tokens[:num_tokens]; ``tokens`` [capacity] int32 is the sequence's append-only buffer.
 
         At least the last token is left to run: its logits are wanted. Shared context must be here already
-        (``ContextCache``); with ``residual`` its pages of that adapter too. None when there is no room: then nothing is
-        claimed, and the context has to be looked for again before a retry.
+        (``ContextCache``), or be run by the sequence as its canonical writer does; with ``residual`` its pages of that adapter
+        too. None when there is no room: then nothing is claimed, and the context has to be looked for again before a retry.
         """
         lease = self._matched(key, tokens, num_tokens, residual, context_tail_hash)
         self._book.add(lease)

@@ -56,6 +56,7 @@ def usage_body(finished: TurnFinished) -> dict[str, Any]:
             "prefill_tokens_run": usage.prefill_tokens_run,
             "worker_ids": list(finished.worker_ids),
             "num_resumes": finished.num_resumes,
+            "is_adapter_inactive": finished.is_adapter_inactive,
         },
     }
 
