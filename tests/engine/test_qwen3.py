@@ -14,7 +14,6 @@ from transformers import DynamicCache, Qwen3ForCausalLM
 
 from forkkv_cluster.core.config import SchedulerConfig
 from forkkv_cluster.core.errors import Unsupported
-from forkkv_cluster.core.request import AdapterRef
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.engine.model_runner import ModelRunner
 from forkkv_cluster.engine.torch_runner import TorchRunner
@@ -128,7 +127,7 @@ class QwenEngine(FakeEngine):
         config = SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=8)
         self.engine = Engine(self.runner, 100 * self.runner.geometry.slab_bytes, config, self.clock)
         loaded = {name: self.engine.load_adapter(name, str(path)) for name, path in adapter_dirs.items()}
-        self.adapters = {name: AdapterRef(name, info.digest) for name, info in loaded.items()}
+        self.adapters = {name: info.ref for name, info in loaded.items()}
         self.outputs, self.last, self.first, self.errors = {}, {}, {}, {}
 
 
