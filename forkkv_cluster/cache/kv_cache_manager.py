@@ -67,7 +67,7 @@ class KVCacheManager:
         runs what is missing as its canonical writer does (an aLoRA, before its invocation).
         """
         tail_hash = self._contexts.tail_hash(key, tokens, context_len)
-        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash)
+        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash, context_len)
 
     def grow(self, lease: SequenceLease, num_tokens: int) -> bool:
         """Make room for tokens up to ``num_tokens``; False, and no change, when there is none."""

@@ -109,13 +109,15 @@ async def test_a_turn_from_the_store_still_says_whether_its_adapter_ran(pool: Fa
         assert replayed.is_adapter_inactive == is_inactive
 
 
-async def test_http_usage_says_so(pool: FakePool) -> None:
+async def test_http_says_so_in_usage_and_in_the_last_chunk_of_a_stream(pool: FakePool) -> None:
     service = make_service(pool)
     with TestClient(build_http_app(lambda: service)) as client:
         for prompt, is_inactive in (("hi", True), ("hi <check>", False)):
             body = {"model": "checker", "prompt": prompt, "max_tokens": 4}
             usage = client.post("/v1/completions", json=body).json()["usage"]["forkkv"]
             assert usage["is_adapter_inactive"] is is_inactive
+            lines = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+            assert ('"forkkv": {"is_adapter_inactive": true}' in lines[-3]) is is_inactive
 
 
 async def test_a_stored_session_knows_the_invocation(pool: FakePool) -> None:
