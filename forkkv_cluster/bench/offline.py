@@ -12,7 +12,7 @@ from forkkv_cluster.bench.trace import ContextEvent, Trace
 from forkkv_cluster.core.clock import Clock, SystemClock
 from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.prefix import TokenArray
-from forkkv_cluster.core.request import AdapterRef, ContextRequest, GenerateRequest, SamplingParams, Sharing, WriterMode
+from forkkv_cluster.core.request import ContextRequest, GenerateRequest, SamplingParams, Sharing, WriterMode
 from forkkv_cluster.core.request_builder import Envelope, RequestBuilder, check_sharing
 from forkkv_cluster.core.session import Branch, Session
 from forkkv_cluster.core.status import EngineCounters
@@ -39,7 +39,7 @@ class OfflineTarget:
         self._sharing = check_sharing(sharing)
         self._writer = writer
         self._seed = seed
-        self._digests = {adapter.name: adapter.digest for adapter in engine.list_adapters()}
+        self._adapters = {adapter.name: adapter.ref for adapter in engine.list_adapters()}
 
     def facts(self) -> TargetFacts:
         info = self.engine.model_info
@@ -50,7 +50,7 @@ class OfflineTarget:
             writer=str(self._writer),
             dtype=info.dtype,
             kv_bytes=self.engine.status().kv_bytes_total,
-            adapters=tuple(self._digests),
+            adapters=tuple(self._adapters),
         )
 
     def counters(self) -> EngineCounters:
@@ -67,7 +67,7 @@ class OfflineTarget:
             session_id=event.id,
             tenant=event.tenant,
             context=event.source.array(vocab_size),
-            adapters=tuple(AdapterRef(name, self._digests[name]) for name in event.adapters),
+            adapters=tuple(self._adapters[name] for name in event.adapters),
             sharing=self._sharing,
             writer=self._writer,
             created_s=self.clock.wall(),

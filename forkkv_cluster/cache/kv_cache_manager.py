@@ -63,10 +63,11 @@ class KVCacheManager:
     ) -> SequenceLease | None:
         """Claim pages for tokens[:num_tokens]; ``tokens`` [capacity] int32 is the sequence's append-only buffer.
 
-        ``context_len`` is 0 where nothing is shared. Its context must match in full (``match_context``).
+        ``context_len`` is 0 where nothing is shared. Its context must match in full (``match_context``), unless the sequence
+        runs what is missing as its canonical writer does (an aLoRA, before its invocation).
         """
         tail_hash = self._contexts.tail_hash(key, tokens, context_len)
-        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash)
+        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash, context_len)
 
     def grow(self, lease: SequenceLease, num_tokens: int) -> bool:
         """Make room for tokens up to ``num_tokens``; False, and no change, when there is none."""

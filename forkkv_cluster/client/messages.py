@@ -296,6 +296,7 @@ def _read_finished(message: sessions_pb2.TurnFinished) -> Finished:
         num_resumes=message.num_resumes,
         ttft_s=message.ttft_s,
         e2e_s=message.e2e_s,
+        is_adapter_inactive=message.is_adapter_inactive,
     )
 
 
@@ -307,6 +308,7 @@ def read_adapter(message: adapters_pb2.Adapter) -> AdapterInfo:
         lora_rank=message.lora_rank,
         target_modules=tuple(message.target_modules),
         residual_bytes_per_token=message.residual_bytes_per_token,
+        invocation_tokens=tuple(message.invocation_tokens),
     )
 
 

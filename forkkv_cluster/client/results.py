@@ -32,7 +32,8 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Finished:
     """Last event of a stream that ended well. ``finish_reason`` is None for a turn replayed from the store; times are the
-    server's, seconds from arrival."""
+    server's, seconds from arrival. ``is_adapter_inactive``: the adapter is an aLoRA that the prompt does not invoke, so that
+    the base model answered."""
 
     finish_reason: FinishReason | None
     num_prompt_tokens: int
@@ -42,6 +43,7 @@ class Finished:
     num_resumes: int
     ttft_s: float
     e2e_s: float
+    is_adapter_inactive: bool = False
 
 
 Event = Started | Delta | Finished
@@ -64,6 +66,10 @@ class Generation:
     @property
     def usage(self) -> PrefixUsage:
         return self.finished.usage
+
+    @property
+    def is_adapter_inactive(self) -> bool:
+        return self.finished.is_adapter_inactive
 
 
 @dataclass(frozen=True, slots=True)

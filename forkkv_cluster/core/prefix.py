@@ -12,6 +12,8 @@ Three seeds exist:
   fork point on;
 * ``isolated_seed``: (model, namespace, adapter): a whole sequence that shares nothing with other adapters.
 
+An aLoRA adapter forks, under every sharing, where it is invoked: canonical context before, its own pages from there on.
+
 Hashes are stable over processes and hosts. They find candidates; the tree compares the tokens themselves before it
 serves a page, so a collision costs time and never correctness.
 """

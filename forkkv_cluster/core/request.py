@@ -39,10 +39,14 @@ class Priority(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One adapter: the ``name`` that users say, the content ``digest`` that pages are keyed by."""
+    """One adapter: the ``name`` that users say, the content ``digest`` that pages are keyed by.
+
+    ``invocation_tokens`` make it an aLoRA: it is active from the first token of their last occurrence in a prompt.
+    """
 
     name: str
     digest: AdapterDigest
+    invocation_tokens: tuple[int, ...] = ()
 
 
 class GuideKind(enum.StrEnum):
@@ -170,9 +174,13 @@ class GenerateRequest:
     tokens [n] int32 holds three spans, each rebuilt by its own writer when its pages are gone:
 
         tokens[:context_len]                 shared context (run by the base model, or as ``sharing`` says)
-        tokens[context_len:n - num_resumed]  the branch's own tokens (run by its adapter)
+        tokens[context_len:n - num_resumed]  the branch's own tokens (run by its adapter; before ``invocation_start``,
+                                             which lies in this span, by the base model)
         tokens[n - num_resumed:]             generated on another worker before it died (run by the adapter;
                                              counted by max_tokens)
+
+    ``invocation_start`` is where an aLoRA adapter becomes active, None for every other one. ``is_adapter_inactive`` says
+    that the request asks for an aLoRA which its prompt does not invoke: ``adapter`` is None then, the base model.
 
     ``max_tokens`` of 0 in ``sampling`` is not valid here: a pass over context alone is a ``ContextRequest``.
     ``excluded_workers`` are not to be tried while any other is there: where a stream broke that this one resumes.
@@ -195,10 +203,17 @@ class GenerateRequest:
     session_id: str = ""
     branch: str = ""
     excluded_workers: tuple[WorkerId, ...] = ()
+    invocation_start: int | None = None
+    is_adapter_inactive: bool = False
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def fork_point(self) -> int:
+        """Tokens whose pages are canonical or context; from there on they are the adapter's own."""
+        return self.context_len if self.invocation_start is None else self.invocation_start
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -293,7 +308,8 @@ class TokenChunk:
 class AdapterInfo:
     """A registered adapter, as lists and status show it.
 
-    lora_rank is the largest rank of any module; residual_bytes_per_token is over all layers, 0 without a residual.
+    lora_rank is the largest rank of any module; residual_bytes_per_token is over all layers, 0 without a residual: without LoRA
+    on k and v, or for an aLoRA, which has invocation_tokens: nothing before its invocation is adapted.
     """
 
     name: str
@@ -303,6 +319,11 @@ class AdapterInfo:
     target_modules: tuple[str, ...]
     residual_bytes_per_token: int
     is_resident: bool = True
+    invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def ref(self) -> AdapterRef:
+        return AdapterRef(self.name, self.digest, self.invocation_tokens)
 
 
 @dataclass(frozen=True, slots=True)

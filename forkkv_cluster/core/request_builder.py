@@ -9,6 +9,7 @@ import numpy as np
 
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.ids import RequestId, WorkerId
+from forkkv_cluster.core.invocation import last_invocation
 from forkkv_cluster.core.prefix import BASE_WRITER, PrefixKey, TokenArray, prefix_key
 from forkkv_cluster.core.request import (
     AdapterRef,
@@ -80,6 +81,30 @@ def fork_point(choice: PromptSharing, num_tokens: int) -> int:
     return shared
 
 
+def is_uninvoked(adapter: AdapterRef | None, prompt: TokenArray) -> bool:
+    """Whether ``adapter`` is an aLoRA that ``prompt`` [n] int32 does not invoke: the base model answers then."""
+    if adapter is None or not adapter.invocation_tokens:
+        return False
+    return last_invocation(prompt, adapter.invocation_tokens) is None
+
+
+def _spans(
+    prompt: TokenArray, adapter: AdapterRef | None, sharing: Sharing, context_len: int
+) -> tuple[AdapterRef | None, int, int | None]:
+    """The adapter that runs (None: the base model), how long the shared context is for it, and where it is invoked.
+
+    An aLoRA runs from its last invocation on, even where that lies in the context; without one it does not run.
+    """
+    invocation_start = None
+    if adapter is not None and adapter.invocation_tokens:
+        invocation_start = last_invocation(prompt, adapter.invocation_tokens)
+        if invocation_start is None:
+            return None, context_len, None
+        context_len = min(context_len, invocation_start)
+    # Isolated shares no context and has one span, run by the adapter; the base model's own pages are canonical anyway.
+    return adapter, 0 if sharing is Sharing.ISOLATED and adapter is not None else context_len, invocation_start
+
+
 class RequestBuilder:
     """Knows the model, the block size and how tenants are kept apart; keeps no state."""
 
@@ -139,7 +164,7 @@ class RequestBuilder:
             tokens=tokens,
             num_resumed=len(generated),
             prefix=self._prefix(
-                tokens, request.context_len, request.namespace, request.adapter, request.sharing, request.writer
+                tokens, request.fork_point, request.namespace, request.adapter, request.sharing, request.writer
             ),
             excluded_workers=tuple(dict.fromkeys((*request.excluded_workers, *map(WorkerId, lost_workers)))),
         )
@@ -213,41 +238,47 @@ class RequestBuilder:
         envelope: Envelope,
     ) -> GenerateRequest:
         namespace = self._namespace_of(envelope.tenant, group)
-        # Isolated shares nothing and has one span, run by the adapter; the base model's own pages are canonical anyway.
-        fork_point = 0 if sharing is Sharing.ISOLATED and adapter is not None else context_len
+        active, context_len, invocation_start = _spans(tokens, adapter, sharing, context_len)
+        fork_point = context_len if invocation_start is None else invocation_start
+        if invocation_start is not None:
+            writer = None  # Whoever writes the context of other adapters: before an invocation the base model does.
         return GenerateRequest(
             request_id=RequestId(envelope.request_id),
             tokens=tokens,
-            context_len=fork_point,
+            context_len=context_len,
             num_resumed=0,
-            adapter=adapter,
+            adapter=active,
             declared=declared,
             sharing=sharing,
             writer=writer,
             namespace=namespace,
             sampling=sampling,
-            prefix=self._prefix(tokens, fork_point, namespace, adapter, sharing, writer),
+            prefix=self._prefix(tokens, fork_point, namespace, active, sharing, writer),
             deadline_s=envelope.deadline_s,
             priority=envelope.priority,
             tenant=envelope.tenant,
+            invocation_start=invocation_start,
+            is_adapter_inactive=active is not adapter,
         )
 
     def _prefix(
         self,
         tokens: TokenArray,
-        context_len: int,
+        fork_point: int,
         namespace: str,
         adapter: AdapterRef | None,
         sharing: Sharing,
         writer: AdapterRef | None,
     ) -> PrefixKey:
+        # What an aLoRA writes after its invocation is the same under every sharing, as it reads no residual.
+        is_invoked = adapter is not None and bool(adapter.invocation_tokens)
         return prefix_key(
             tokens,
             block_size=self._block_size,
-            context_len=context_len,
+            context_len=fork_point,
             model_digest=self.model.digest,
             namespace=namespace,
             adapter_digest=adapter.digest if adapter is not None else None,
-            sharing=str(sharing),
+            sharing=str(Sharing.BASE if is_invoked else sharing),
             writer=writer.digest if writer is not None else BASE_WRITER,
         )

@@ -137,7 +137,7 @@ class Session:
         forked = replace(self, branches=branches)
         if self.writer is WriterMode.FIRST and self.first_writer is None:
             forked_now = (branches[spec.name] for spec in specs)
-            first = next((b.adapter for b in forked_now if b.adapter is not None and b.sharing is Sharing.RESIDUAL), None)
+            first = next((b.adapter for b in forked_now if _writes_context(b)), None)
             forked = replace(forked, first_writer=first)
         return forked
 
@@ -187,6 +187,11 @@ class Session:
         branches = dict(self.branches)
         branches[name] = self.branch(name).after_turn(appended, generated, turn_id, fingerprint)
         return replace(self, branches=branches)
+
+
+def _writes_context(branch: Branch) -> bool:
+    """Whether the branch's own pass writes shared context: an aLoRA leaves all before its invocation to the base model."""
+    return branch.adapter is not None and not branch.adapter.invocation_tokens and branch.sharing is Sharing.RESIDUAL
 
 
 class BusyBranches:

@@ -41,7 +41,6 @@ _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("megatron_config", (None,), "Megatron parallel layers"),
     ("trainable_token_indices", (None, []), "trained token embeddings"),
     ("target_parameters", (None, []), "LoRA on bare parameters"),
-    ("alora_invocation_tokens", (None, []), "activated LoRA (aLoRA)"),
     ("use_qalora", (None, False), "QA-LoRA"),
     ("use_bdlora", (None, False), "block-diagonal LoRA"),
     ("arrow_config", (None,), "Arrow routing"),
@@ -87,7 +86,8 @@ class AdapterWeights:
 
     ``residual_rank``: columns of its residual in the wider plane, for which a rank class is chosen; 0 without LoRA on k and v.
     That is the largest rank on k or v, a bias counts one, and Hkv more where k is targeted under QK-norm. Such a one alone
-    may exceed the largest rank class; then the adapter has no residual.
+    may exceed the largest rank class; then the adapter has no residual. It is 0 for an aLoRA, too: shared context lies before
+    its invocation, where it changes nothing.
     """
 
     info: AdapterInfo
@@ -135,11 +135,12 @@ def load_adapter(
     directory = Path(path)
     config = read_json(directory / CONFIG_FILE)
     _refuse_variants(config)
+    invocation_tokens = _invocation_tokens(config, model.vocab_size)
     factors = _read_factors(directory / WEIGHTS_FILE, config, model, dtype, device)
     norms = zip(range(model.num_layers), k_norms if model.qk_norm else [None] * model.num_layers, strict=True)
     layers = tuple(_fuse_layer(factors.get(index, {}), model, norm) for index, norm in norms)
     targeted = {module for layer in factors.values() for module in layer}
-    residual_rank = _residual_rank(layers, geometry)
+    residual_rank = _residual_rank(layers, geometry) if not invocation_tokens else 0
     has_residual = 0 < residual_rank <= geometry.rank_classes[-1]
     info = AdapterInfo(
         name=name,
@@ -148,6 +149,7 @@ def load_adapter(
         lora_rank=max(len(part.a) for layer in factors.values() for part in layer.values()),
         target_modules=tuple(module for module in module_shapes(model) if module in targeted),
         residual_bytes_per_token=geometry.bytes_per_token(geometry.rank_class(residual_rank)) if has_residual else 0,
+        invocation_tokens=invocation_tokens,
     )
     return AdapterWeights(info, layers, residual_rank)
 
@@ -177,6 +179,22 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         raise Unsupported("init_lora_weights", init, "changes the base weights, so the base cannot be shared",
                           "Convert it to plain LoRA (PEFT: path_initial_model_for_weight_conversion).")  # fmt: skip
+
+
+def _invocation_tokens(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """What activates an aLoRA; empty for a plain LoRA. Raises InvalidArgument for what no prompt can hold."""
+    key = "alora_invocation_tokens"
+    tokens = config.get(key)
+    if tokens is None:
+        return ()
+    if not isinstance(tokens, list) or not tokens:
+        raise InvalidArgument(key, tokens, "is not a list of at least one token id",
+                              "Name the invocation's token ids, or leave the key out for a plain LoRA.")  # fmt: skip
+    for position, token in enumerate(tokens):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise InvalidArgument(f"{key}[{position}]", token, f"is no token id in [0, {vocab_size})",
+                                  "Tokenise the invocation with this model's tokenizer.")  # fmt: skip
+    return tuple(tokens)
 
 
 def _read_factors(

@@ -36,6 +36,7 @@ class Admission:
         held = _Held(self._adapters)
         try:
             adapter = held.acquire(request.adapter)
+            _check_invocation(request, adapter)
             is_shared = adapter is not None and request.sharing in _SHARED and request.context_len > 0
             needs = self._turn_needs(request, adapter, held) if is_shared and adapter is not None else None
             self._check_memory(total, needs)
@@ -195,6 +196,19 @@ class _Held:
     def release(self) -> None:
         for adapter in self._adapters.values():
             self._registry.release(adapter)
+
+
+def _check_invocation(request: GenerateRequest, adapter: LoadedAdapter | None) -> None:
+    """The worker knows by the weights what the request says by its spans: an aLoRA never runs before its invocation."""
+    start = request.invocation_start
+    is_alora = adapter is not None and bool(adapter.info.invocation_tokens)
+    if is_alora == (start is None) or (start is not None and not request.context_len <= start < request.num_prompt_tokens):
+        raise InvalidArgument(
+            "invocation_start",
+            start,
+            f"does not fit adapter {request.adapter.name if request.adapter is not None else None!r} and its prompt",
+            "An aLoRA, and nothing else, starts at its invocation, which is after the shared context.",
+        )
 
 
 def _check_turn(request: GenerateRequest) -> None:

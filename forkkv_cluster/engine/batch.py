@@ -14,8 +14,10 @@ own residual     the agent's     no            of the agent (x A)           base
 first writer     the writer's    yes           of the writer                base + the writer's residual
 own tokens       the agent's     merged K, V   none                         shared prefix: base + residual;
                                                                             own pages: merged K, V
+pre-invocation   none            base K, V     none                         base
 ===============  ==============  ============  ===========================  ==============================
 
+"Pre-invocation" are the tokens that an aLoRA turn runs before its adapter's invocation: canonical, and filed as such.
 Own pages are private to (adapter, sharing, history) by their hash, so they hold the adapter's full K and V
 ("merged"): exact, no residual page for them, and plain attention over them.
 """

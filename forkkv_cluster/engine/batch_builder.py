@@ -24,7 +24,12 @@ _NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
 
 def in_row_order(work: Sequence[Scheduled]) -> list[Scheduled]:
     """Rows of one adapter side by side, rows of the base model first: LoRA then runs over few long segments."""
-    return sorted(work, key=lambda s: -1 if s.item.active_slot is None else s.item.active_slot)
+    return sorted(work, key=_first_slot)
+
+
+def _first_slot(scheduled: Scheduled) -> int:
+    slot = scheduled.item.active_slot
+    return -1 if slot is None or scheduled.lora_start == scheduled.end else slot
 
 
 def build_batch(work: Sequence[Scheduled], page_size: int) -> Batch:
@@ -59,14 +64,14 @@ class _Builder:
         self._tokens.append(tokens[start:end].astype(np.int64))
         self._positions.append(positions)
         self._num_rows += len(positions)
-        self._add_segment(item.active_slot, row, self._num_rows)
+        self._add_segment(item.active_slot, row + scheduled.lora_start - start, self._num_rows)
         if isinstance(item, Turn):
             self._add_turn(item, rows, positions, scheduled)
         else:
             self._add_pass(item, rows, positions, scheduled)
 
     def _add_segment(self, slot: int | None, start: int, end: int) -> None:
-        if slot is None:
+        if slot is None or start == end:
             return
         if self._segments and self._segments[-1].adapter_slot == slot and self._segments[-1].row_end == start:
             start = self._segments.pop().row_start

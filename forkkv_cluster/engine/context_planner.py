@@ -58,6 +58,9 @@ def _plan(
     required: tuple[ResidualTarget, ...],
     optional: tuple[ResidualTarget, ...],
 ) -> PassPlan:
-    tail = needs.tokens[len(needs.key.context) * needs.key.block_size : needs.context_len].tobytes()
+    # The chain of an aLoRA goes on, beyond the shared context, to where the adapter is invoked.
+    num_blocks = needs.context_len // needs.key.block_size
+    parent = needs.key.context[num_blocks - 1] if num_blocks else needs.key.context_seed
+    tail = needs.tokens[num_blocks * needs.key.block_size : needs.context_len].tobytes()
     digest = adapter.info.digest if adapter is not None else None
-    return PassPlan(kind, adapter, required, optional, (kind, needs.key.context_parent, tail, digest))
+    return PassPlan(kind, adapter, required, optional, (kind, parent, tail, digest))

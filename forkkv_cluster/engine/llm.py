@@ -53,13 +53,17 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one prompt or turn brought. ``text`` is empty where the model directory holds no tokenizer."""
+    """What one prompt or turn brought. ``text`` is empty where the model directory holds no tokenizer.
+
+    ``is_adapter_inactive``: its adapter is an aLoRA that the prompt does not invoke, so that the base model answered.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     usage: PrefixUsage
     logprobs: tuple[TokenLogprob, ...] = ()
+    is_adapter_inactive: bool = False
 
 
 class LLM:
@@ -168,6 +172,7 @@ class LLM:
                 run.finish_reason,
                 run.usage,
                 tuple(run.logprobs),
+                isinstance(run.request, GenerateRequest) and run.request.is_adapter_inactive,
             )
             for run in runs
         ]
@@ -205,7 +210,7 @@ class LLM:
 
     def adapter_refs(self, names: Sequence[str]) -> tuple[AdapterRef, ...]:
         """Loaded adapters by name. Raises NotFound."""
-        loaded = {info.name: AdapterRef(info.name, info.digest) for info in self.engine.list_adapters()}
+        loaded = {info.name: info.ref for info in self.engine.list_adapters()}
         for name in names:
             if name not in loaded:
                 raise NotFound("adapter", name, f"Loaded: {', '.join(loaded) or 'none'}. Load it first.")

@@ -120,13 +120,20 @@ class Turn:
         return self.num_tokens - self.request.num_prompt_tokens
 
     @property
-    def context_len(self) -> int:
-        """Tokens of shared context whose pages this turn reads; 0 where nothing is shared."""
+    def fork_point(self) -> int:
+        """Tokens before the adapter's own: shared context, and all before an aLoRA's invocation; 0 where nothing is shared."""
+        if self.request.invocation_start is not None:
+            return self.request.invocation_start
         return self.needs.context_len if self.needs is not None else 0
 
     @property
     def active_slot(self) -> int | None:
         return self.adapter.slot if self.adapter is not None else None
+
+    @property
+    def lora_start(self) -> int:
+        """Tokens before it, if this turn runs them, run without the adapter: where an aLoRA is invoked, else 0."""
+        return self.request.invocation_start or 0
 
     @property
     def num_uncomputed(self) -> int:
@@ -177,6 +184,14 @@ class Scheduled:
     @property
     def num_rows(self) -> int:
         return self.end - self.start
+
+    @property
+    def lora_start(self) -> int:
+        """First of the tokens that runs with the item's adapter; ``end`` where none does."""
+        if self.item.active_slot is None:
+            return self.end
+        first = self.item.lora_start if isinstance(self.item, Turn) else 0
+        return min(max(first, self.start), self.end)
 
 
 def note_match(entry: Waiting, match: ContextMatch) -> None:

@@ -45,7 +45,7 @@ class AdapterRegistry:
             raise NotFound(
                 "adapter", name, f"Loaded adapters: {names}. Load it with LoadAdapter or name it in the configuration."
             )
-        return AdapterRef(name, known[name].digest)
+        return known[name].ref
 
     async def load(self, name: str, path: str) -> AdapterInfo:
         """Load on every worker, or on none; the same weights under the same name again are no error.

@@ -231,6 +231,7 @@ def _write_finished(event: TurnFinished) -> sessions_pb2.TurnFinished:
         num_resumes=event.num_resumes,
         ttft_s=event.ttft_s,
         e2e_s=event.e2e_s,
+        is_adapter_inactive=event.is_adapter_inactive,
     )
 
 
@@ -256,6 +257,7 @@ def write_adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         lora_rank=info.lora_rank,
         target_modules=info.target_modules,
         residual_bytes_per_token=info.residual_bytes_per_token,
+        invocation_tokens=info.invocation_tokens,
     )
 
 

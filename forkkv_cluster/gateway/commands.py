@@ -95,6 +95,7 @@ class TurnFinished:
     """The last event of a turn that ended well; every other end is a ForkKVError.
 
     Times count from arrival, seconds. ``finish_reason`` is None for a turn that was replayed from the store.
+    ``is_adapter_inactive``: the adapter is an aLoRA that the prompt does not invoke, so that the base model answered.
     """
 
     finish_reason: FinishReason | None
@@ -105,6 +106,7 @@ class TurnFinished:
     num_resumes: int = 0
     ttft_s: float = 0.0
     e2e_s: float = 0.0
+    is_adapter_inactive: bool = False
 
 
 TurnEvent = TurnStarted | TurnDelta | TurnFinished

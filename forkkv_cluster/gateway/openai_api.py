@@ -202,7 +202,7 @@ async def _server_sent_events(
                     yield _data(form.chunk(index, event))
                 elif isinstance(event, TurnFinished):
                     ends.append(event)
-                    yield _data(form.closing(index, event))
+                    yield _data(form.ending(index, event))
     except ForkKVError as error:
         yield _data(error_body(error))
         return

@@ -56,6 +56,7 @@ def usage_body(finished: TurnFinished) -> dict[str, Any]:
             "prefill_tokens_run": usage.prefill_tokens_run,
             "worker_ids": list(finished.worker_ids),
             "num_resumes": finished.num_resumes,
+            "is_adapter_inactive": finished.is_adapter_inactive,
         },
     }
 
@@ -79,6 +80,11 @@ class ResponseFormat:
 
     def closing(self, index: int, finished: TurnFinished) -> dict[str, Any]:
         raise NotImplementedError
+
+    def ending(self, index: int, finished: TurnFinished) -> dict[str, Any]:
+        """The last chunk of choice ``index``: in a stream without usage, this says that the adapter did not run."""
+        notes = {"forkkv": {"is_adapter_inactive": True}} if finished.is_adapter_inactive else {}
+        return {**self.closing(index, finished), **notes}
 
     def usage_chunk(self, finished: TurnFinished) -> dict[str, Any]:
         """The extra last chunk of stream_options.include_usage."""

@@ -12,6 +12,7 @@ import xxhash
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import SamplingParams
+from forkkv_cluster.core.request_builder import is_uninvoked
 from forkkv_cluster.core.session import Branch, Turn
 from forkkv_cluster.gateway.commands import (
     BranchTarget,
@@ -70,6 +71,7 @@ async def stored_turn(branch: Branch, turn: Turn, tokenization: Tokenization) ->
     """
     num_prompt = len(branch.context) + turn.generated_start
     generated = branch.own[turn.generated_start : turn.end].tolist()
+    is_inactive = is_uninvoked(branch.adapter, branch.tokens[:num_prompt])
     yield TurnStarted("", num_prompt, 0, len(generated))
     detokenizer = tokenization.detokenizer(branch.tokens[max(0, num_prompt - 16) : num_prompt].tolist())
     for token_id in generated:
@@ -77,7 +79,7 @@ async def stored_turn(branch: Branch, turn: Turn, tokenization: Tokenization) ->
     rest = detokenizer.flush()
     if rest:
         yield TurnDelta(text=rest)
-    yield TurnFinished(None, num_prompt, len(generated))
+    yield TurnFinished(None, num_prompt, len(generated), is_adapter_inactive=is_inactive)
 
 
 async def skip_received(events: AsyncGenerator[TurnEvent, None], num_received: int) -> AsyncGenerator[TurnEvent, None]:

@@ -58,7 +58,7 @@ def from_fields(fields: Mapping[str, bytes]) -> Session:
         session_id=meta["session_id"],
         tenant=meta["tenant"],
         context=context,
-        adapters=tuple(AdapterRef(name, AdapterDigest(digest)) for name, digest in meta["adapters"]),
+        adapters=tuple(_ref_of(values) for values in meta["adapters"]),
         sharing=Sharing(meta["sharing"]),
         writer=WriterMode(meta["writer"]),
         created_s=meta["created_s"],
@@ -74,7 +74,8 @@ def adapter_to_json(adapter: AdapterInfo) -> str:
 
 def adapter_from_json(text: str | bytes) -> AdapterInfo:
     values = json.loads(text)
-    return AdapterInfo(**{**values, "target_modules": tuple(values["target_modules"])})
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return AdapterInfo(**{**values, **lists})
 
 
 def _meta(session: Session) -> bytes:
@@ -127,12 +128,20 @@ def _read_branch(name: str, data: bytes, session_context: TokenArray) -> Branch:
     )
 
 
-def _ref(adapter: AdapterRef | None) -> list[str] | None:
-    return None if adapter is None else [adapter.name, adapter.digest]
+def _ref(adapter: AdapterRef | None) -> list[Any] | None:
+    if adapter is None:
+        return None
+    # A plain LoRA as earlier versions wrote, and read, every adapter.
+    return [adapter.name, adapter.digest, *([adapter.invocation_tokens] if adapter.invocation_tokens else [])]
 
 
-def _read_ref(value: list[str] | None) -> AdapterRef | None:
-    return None if value is None else AdapterRef(value[0], AdapterDigest(value[1]))
+def _read_ref(values: list[Any] | None) -> AdapterRef | None:
+    return None if values is None else _ref_of(values)
+
+
+def _ref_of(values: list[Any]) -> AdapterRef:
+    name, digest, *rest = values
+    return AdapterRef(name, AdapterDigest(digest), tuple(rest[0]) if rest else ())
 
 
 def _tokens(tokens: TokenArray) -> bytes:

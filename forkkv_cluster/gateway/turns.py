@@ -85,6 +85,7 @@ class TurnRunner:
             num_resumes=attempts.num_resumes,
             ttft_s=(first_token if first_token is not None else end) - arrival,
             e2e_s=end - arrival,
+            is_adapter_inactive=request.is_adapter_inactive,
         )
 
     def output_of(self, request: GenerateRequest) -> TurnOutput:

@@ -41,13 +41,16 @@ def placement_request(request: WorkRequest) -> PlacementRequest:
 def residual_chains(request: WorkRequest) -> tuple[ResidualChain, ...]:
     """Residuals that will lie over the shared context once ``request`` has run: what routing may speculate on.
 
-    Under ``eager`` one pass projects all declared adapters; under ``residual`` each agent's own pass writes its own.
+    Under ``eager`` one pass projects all declared adapters; under ``residual`` each agent's own pass writes its own. An
+    aLoRA has none, and its chain of canonical blocks goes on beyond the context.
     """
-    if request.sharing not in _WITH_RESIDUALS or not request.prefix.context:
+    context = request.prefix.context
+    if isinstance(request, GenerateRequest) and request.invocation_start is not None:
+        context = context[: request.context_len // request.prefix.block_size]
+    if request.sharing not in _WITH_RESIDUALS or not context:
         return ()
-    adapters: list[AdapterDigest] = []
-    if request.sharing is Sharing.EAGER:
-        adapters += [adapter.digest for adapter in request.declared]
-    if isinstance(request, GenerateRequest) and request.adapter is not None and request.adapter.digest not in adapters:
-        adapters.append(request.adapter.digest)
-    return tuple((adapter, str(request.sharing), request.prefix.context) for adapter in adapters)
+    adapters = list(request.declared) if request.sharing is Sharing.EAGER else []
+    if isinstance(request, GenerateRequest) and request.adapter is not None:
+        adapters.append(request.adapter)
+    digests = dict.fromkeys(adapter.digest for adapter in adapters if not adapter.invocation_tokens)
+    return tuple((digest, str(request.sharing), context) for digest in digests)

@@ -58,7 +58,10 @@ class _FakeAdapter:
 
 
 class FakeModelRunner:
-    """Runs ``engine.batch.Batch``es over dictionaries. Adapter paths look like ``fake:NAME:RANK``."""
+    """Runs ``engine.batch.Batch``es over dictionaries.
+
+    Adapter paths look like ``fake:NAME:RANK``, those of an aLoRA like ``fake:NAME:RANK:5,6`` with its invocation tokens.
+    """
 
     def __init__(self, geometry: Any, *, vocab_size: int = 97, max_model_len: int = 4096, eos: tuple[int, ...] = ()) -> None:
         self.geometry = geometry
@@ -74,12 +77,17 @@ class FakeModelRunner:
 
     def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]:
         kind, _, rest = path.partition(":")
-        content, _, rank = rest.partition(":")
+        content, _, rest = rest.partition(":")
+        rank, _, invocation = rest.partition(":")
         if kind != "fake" or not rank.isdigit():
-            raise InvalidArgument("path", path, "is not a fake adapter", "Write fake:NAME:RANK.")
+            raise InvalidArgument("path", path, "is not a fake adapter", "Write fake:NAME:RANK or fake:NAME:RANK:5,6.")
         slot = next(i for i in range(len(self._adapters) + 1) if i not in self._adapters)
-        self._adapters[slot] = _FakeAdapter(content, int(rank))
-        info = AdapterInfo(name, AdapterDigest(content), path, int(rank), ("k_proj", "v_proj"), int(rank) * 4)
+        tokens = tuple(int(token) for token in invocation.split(",") if token)
+        residual_rank = int(rank) if not tokens else 0
+        self._adapters[slot] = _FakeAdapter(content, residual_rank)
+        info = AdapterInfo(
+            name, AdapterDigest(content), path, int(rank), ("k_proj", "v_proj"), residual_rank * 4, invocation_tokens=tokens
+        )
         return slot, info
 
     def unload_adapter(self, slot: int) -> None:

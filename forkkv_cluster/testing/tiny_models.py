@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from forkkv_cluster.testing.tiny_tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, demo_document, save_tokenizer
 
-__all__ = ["ADAPTER_NAMES", "TinyKit", "TinyModelSpec", "build_tiny_kit", "demo_document"]
+__all__ = ["ADAPTER_NAMES", "TinyKit", "TinyModelSpec", "build_tiny_kit", "demo_document", "save_alora_adapter"]
 
 FORMAT = "forkkv-tiny-kit/1"
 MODEL_NAME = "tiny-random-llama"
@@ -200,6 +200,37 @@ def _save_adapter(model: Any, directory: Path, index: int, spec: TinyModelSpec) 
     adapted.save_pretrained(str(directory), save_embedding_layers=False)  # "auto" asks a model hub
     adapted.unload()
     sort_targets(directory / "adapter_config.json")
+
+
+def save_alora_adapter(
+    model_dir: str | Path,
+    directory: str | Path,
+    invocation_tokens: Sequence[int],
+    *,
+    targets: Sequence[str] = (*_ATTENTION, *_MLP),
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """Write a random aLoRA for the model in ``model_dir`` with peft; ``options`` go to its ``LoraConfig``.
+
+    It is stronger than the kit's adapters, so that a token which it should not have touched shows.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), quiet_hub():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32, local_files_only=True)
+        config = LoraConfig(
+            **{"r": 8, "lora_alpha": 4, **options},
+            target_modules=list(targets),
+            alora_invocation_tokens=list(invocation_tokens),
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        get_peft_model(model, config).save_pretrained(str(directory), save_embedding_layers=False)
+    sort_targets(Path(directory) / "adapter_config.json")
+    return Path(directory)
 
 
 def sort_targets(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,8 @@ from forkkv_cluster.core.session import BranchSpec, Session
 
 PLANNER = AdapterRef("planner", AdapterDigest("a" * 32))
 CRITIC = AdapterRef("critic", AdapterDigest("b" * 32))
+CHECKER = AdapterRef("checker", AdapterDigest("c" * 32), (31, 32))
+SAMPLING = SamplingParams(max_tokens=8)
 MODEL = ModelInfo("tiny", "m" * 32, 300, 512, 64, "float32")
 ENVELOPE = Envelope("request-1", "tenant")
 BUILDER = RequestBuilder(MODEL, block_size=4, namespace_of="{}/{}".format)
@@ -25,7 +29,7 @@ def tokens(*values: int) -> TokenArray:
 
 def session(sharing: Sharing = Sharing.EAGER, writer: WriterMode = WriterMode.CANONICAL) -> Session:
     context = np.arange(10, dtype=np.int32)
-    empty = Session("s", "tenant", context, (PLANNER, CRITIC), sharing, writer, 0.0)
+    empty = Session("s", "tenant", context, (PLANNER, CRITIC, CHECKER), sharing, writer, 0.0)
     return empty.fork((BranchSpec("p", "planner"), BranchSpec("c", "critic"), BranchSpec("base")))
 
 
@@ -40,7 +44,7 @@ def test_a_turn_holds_context_own_tokens_and_what_it_appends() -> None:
     request = turn(own=tokens(11, 12))
     assert request.tokens.tolist() == [*range(10), 11, 12, 50, 21, 22]
     assert request.tokens.dtype == np.int32
-    assert (request.context_len, request.num_resumed, request.declared) == (10, 0, (PLANNER, CRITIC))
+    assert (request.context_len, request.num_resumed, request.declared) == (10, 0, (PLANNER, CRITIC, CHECKER))
 
 
 def test_branches_of_different_adapters_share_the_context_chain_and_nothing_else() -> None:
@@ -58,6 +62,52 @@ def test_isolated_branches_share_nothing() -> None:
 
 def test_an_isolated_base_branch_still_reads_the_canonical_pages() -> None:
     assert turn("base", Sharing.ISOLATED).prefix.context[:2] == turn("p").prefix.context
+
+
+@pytest.mark.parametrize("sharing", [Sharing.ISOLATED, Sharing.EAGER, Sharing.RESIDUAL, Sharing.BASE])
+def test_an_alora_forks_where_it_is_invoked_under_every_sharing(sharing: Sharing) -> None:
+    state = session(sharing).fork((BranchSpec("v", "checker"),))
+    request = BUILDER.turn(state, state.branch("v"), tokens(21, 22, 31, 32, 23), SAMPLING, ENVELOPE)
+    assert (request.adapter, request.invocation_start, request.is_adapter_inactive) == (CHECKER, 12, False)
+    assert request.context_len == (0 if sharing is Sharing.ISOLATED else 10)
+    base = BUILDER.turn(state, state.branch("base"), tokens(21, 22), SAMPLING, ENVELOPE)
+    assert request.prefix.context == base.prefix.context
+    other = session(Sharing.BASE).fork((BranchSpec("v", "checker"),))
+    same = BUILDER.turn(other, other.branch("v"), tokens(21, 22, 31, 32, 23), SAMPLING, ENVELOPE)
+    assert request.prefix == same.prefix
+
+
+def test_an_alora_that_is_invoked_in_the_context_forks_there() -> None:
+    state = replace(session(), context=tokens(*range(5), 31, 32, *range(5))).fork((BranchSpec("v", "checker"),))
+    request = BUILDER.turn(state, state.branch("v"), tokens(21), SAMPLING, ENVELOPE)
+    assert (request.context_len, request.invocation_start, len(request.prefix.context)) == (5, 5, 1)
+
+
+def test_an_alora_without_invocation_is_the_base_model() -> None:
+    state = session().fork((BranchSpec("v", "checker"),))
+    request, base = (BUILDER.turn(state, state.branch(name), tokens(21), SAMPLING, ENVELOPE) for name in ("v", "base"))
+    assert (request.adapter, request.invocation_start, request.is_adapter_inactive) == (None, None, True)
+    assert request.prefix == base.prefix
+    assert not base.is_adapter_inactive
+
+
+def test_an_alora_ignores_who_writes_for_others() -> None:
+    state = session(Sharing.RESIDUAL, WriterMode.FIRST).fork((BranchSpec("v", "checker"),))
+    assert state.first_writer == PLANNER
+    request = BUILDER.turn(state, state.branch("v"), tokens(21, 22, 31, 32), SAMPLING, ENVELOPE)
+    base = BUILDER.turn(state, state.branch("base"), tokens(21, 22), SAMPLING, ENVELOPE)
+    assert request.writer is None
+    assert request.prefix.context == base.prefix.context
+
+
+def test_generated_tokens_are_not_searched_for_an_invocation() -> None:
+    state = session().fork((BranchSpec("v", "checker"),))
+    first = BUILDER.turn(state, state.branch("v"), tokens(31, 32, 21), SAMPLING, ENVELOPE)
+    second = BUILDER.resumed(first, [31, 32, 33, 34], 1)
+    assert second.invocation_start == first.invocation_start == 10
+    assert second.prefix.context == first.prefix.context
+    assert second.prefix.own[: len(first.prefix.own)] == first.prefix.own
+    assert len(second.prefix.own) > len(first.prefix.own)
 
 
 def test_a_resumed_request_gains_a_third_span_and_keeps_the_rest() -> None:

@@ -225,6 +225,14 @@ def test_the_base_model_is_never_the_first_writer() -> None:
     assert session(Sharing.RESIDUAL, WriterMode.FIRST).fork((spec("base", None),)).first_writer is None
 
 
+def test_an_alora_is_never_the_first_writer() -> None:
+    alora = AdapterRef("checker", AdapterDigest("x"), (5, 6))
+    state = replace(session(Sharing.RESIDUAL, WriterMode.FIRST), adapters=(alora, CRITIC))
+    state = state.fork((spec("a", "checker"),))
+    assert state.first_writer is None
+    assert state.fork((spec("b", "critic"),)).first_writer == CRITIC
+
+
 def test_under_the_canonical_writer_nobody_is_first() -> None:
     assert session(Sharing.RESIDUAL).fork((spec("a"),)).first_writer is None
 

@@ -11,6 +11,7 @@ from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.core.config import SchedulerConfig
 from forkkv_cluster.core.errors import ForkKVError
 from forkkv_cluster.core.ids import RequestId
+from forkkv_cluster.core.invocation import last_invocation
 from forkkv_cluster.core.prefix import prefix_key
 from forkkv_cluster.core.request import (
     AdapterRef,
@@ -29,7 +30,8 @@ _ids = count()
 
 
 class FakeEngine:
-    """``Engine`` over ``FakeModelRunner`` with four adapters: a8, b8 (rank 8), c16 (rank 16), n0 (no LoRA on k and v)."""
+    """``Engine`` over ``FakeModelRunner`` with five adapters: a8, b8 (rank 8), c16 (rank 16), n0 (no LoRA on k and v) and
+    v8, an aLoRA that tokens 1, 2 invoke."""
 
     def __init__(self, *, page_size: int = 4, num_slabs: int = 64, eos: tuple[int, ...] = (), **scheduler: int) -> None:
         geometry = KVGeometry(2, 2, 8, page_size, 4, rank_classes=(8, 16))
@@ -39,9 +41,8 @@ class FakeEngine:
         config = SchedulerConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 8, **scheduler})
         self.engine = Engine(self.runner, num_slabs * geometry.slab_bytes, config, self.clock)
         self.adapters: dict[str, AdapterRef] = {}
-        for name, rank in (("a8", 8), ("b8", 8), ("c16", 16), ("n0", 0)):
-            info = self.engine.load_adapter(name, f"fake:{name}:{rank}")
-            self.adapters[name] = AdapterRef(name, info.digest)
+        for name, rank in (("a8", "8"), ("b8", "8"), ("c16", "16"), ("n0", "0"), ("v8", "8:1,2")):
+            self.adapters[name] = self.engine.load_adapter(name, f"fake:{name}:{rank}").ref
         self.outputs: dict[str, list[int]] = {}
         self.last: dict[str, TokenChunk] = {}
         self.first: dict[str, TokenChunk] = {}
@@ -70,15 +71,21 @@ class FakeEngine:
         tokens = np.array([*context, *own, *resumed], dtype=np.int32)
         ref = self.adapters[adapter] if adapter is not None else None
         writer_ref = self.adapters[writer] if writer is not None else None
+        start = None
+        if ref is not None and ref.invocation_tokens:
+            start = last_invocation(tokens[: len(context) + len(own)], ref.invocation_tokens)
+            ref, writer_ref = (ref if start is not None else None), None
         context_len = 0 if sharing == "isolated" or ref is None else len(context)
+        if start is not None:
+            context_len = min(context_len, start)
         key = prefix_key(
             tokens,
             block_size=self.page_size,
-            context_len=context_len,
+            context_len=context_len if start is None else start,
             model_digest=self.runner.info.digest,
             namespace=namespace,
             adapter_digest=ref.digest if ref is not None else None,
-            sharing=sharing,
+            sharing=sharing if start is None else "base",
             writer=writer_ref.digest if writer_ref is not None else "base",
         )
         return GenerateRequest(
@@ -95,6 +102,7 @@ class FakeEngine:
             key,
             deadline_s=deadline_s,
             priority=priority,
+            invocation_start=start,
         )
 
     def context_request(

@@ -51,6 +51,12 @@ def context_seen(context: list[int], adapter: str, sharing: str, has_residual: b
     return _own_residual_context(context, base, adapter)
 
 
+def invoked_at(prompt: list[int], invocation: list[int]) -> int | None:
+    """Where the last invocation of an aLoRA starts."""
+    starts = [i for i in range(len(prompt)) if prompt[i : i + len(invocation)] == invocation]
+    return starts[-1] if starts else None
+
+
 def expected_tokens(
     context: list[int],
     own: list[int],
@@ -61,8 +67,17 @@ def expected_tokens(
     vocab_size: int,
     has_residual: bool = True,
     writer: str | None = None,
+    invocation: list[int] | None = None,
 ) -> list[int]:
-    """``num_tokens`` generated after ``context + own``."""
+    """``num_tokens`` generated after ``context + own``; ``invocation`` makes the adapter an aLoRA."""
+    if invocation is not None:
+        prompt = [*context, *own]
+        start = invoked_at(prompt, invocation)
+        if start is None:
+            adapter = None
+        else:
+            # All before the invocation is as context that the base model wrote, under every sharing.
+            context, own, sharing, writer = prompt[:start], prompt[start:], "base", None
     if adapter is None or sharing == "isolated":
         seen: list[str] = []
         pending = [*context, *own]

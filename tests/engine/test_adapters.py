@@ -88,7 +88,7 @@ def test_the_digest_follows_the_content_not_the_place(load_here: LoadAdapter, ti
         ("modules_to_save", ["lm_head"]),
         ("loftq_config", {"loftq_bits": 4}),
         ("fan_in_fan_out", True),
-        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
         ("layer_replication", [[0, 2]]),
         ("init_lora_weights", "pissa_niter_16"),
         ("peft_type", "LOHA"),
@@ -97,6 +97,23 @@ def test_the_digest_follows_the_content_not_the_place(load_here: LoadAdapter, ti
 def test_what_is_not_plain_lora_is_refused_by_name(load_here: LoadAdapter, critic: Path, field: str, value: object) -> None:
     edit_config(critic, **{field: value})
     with pytest.raises(Unsupported, match=field):
+        load_here(critic)
+
+
+def test_an_alora_is_known_by_its_invocation_and_has_no_residual(load_here: LoadAdapter, critic: Path) -> None:
+    plain = load_here(critic)
+    edit_config(critic, alora_invocation_tokens=[5, 6, 5])
+    weights = load_here(critic)
+    assert weights.info.invocation_tokens == (5, 6, 5)
+    assert (weights.residual_rank, weights.info.residual_bytes_per_token, weights.info.lora_rank) == (0, 0, 16)
+    assert weights.info.digest != plain.info.digest
+    assert plain.info.invocation_tokens == ()
+
+
+@pytest.mark.parametrize("tokens", [[], "hello", [5, -1], [5, 8192], [5, 1.0], [True], [[5]]])
+def test_an_invocation_that_no_prompt_can_hold_is_refused(load_here: LoadAdapter, critic: Path, tokens: object) -> None:
+    edit_config(critic, alora_invocation_tokens=tokens)
+    with pytest.raises(InvalidArgument, match="alora_invocation_tokens"):
         load_here(critic)
 
 

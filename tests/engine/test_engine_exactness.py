@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from forkkv_cluster.core.config import SchedulerConfig
-from forkkv_cluster.core.request import AdapterRef
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.engine.torch_runner import TorchRunner
 from forkkv_cluster.testing.manual_clock import ManualClock
@@ -38,7 +37,7 @@ class TinyEngine(FakeEngine):
         self.engine = Engine(self.runner, num_slabs * self.runner.geometry.slab_bytes, config, self.clock)
         self.runner.kv.arena.fill_(float("nan"))  # type: ignore[attr-defined]
         loaded = {name: self.engine.load_adapter(name, str(path)) for name, path in kit.adapter_dirs.items()}
-        self.adapters = {name: AdapterRef(name, info.digest) for name, info in loaded.items()}
+        self.adapters = {name: info.ref for name, info in loaded.items()}
         self.outputs, self.last, self.first, self.errors = {}, {}, {}, {}
 
 

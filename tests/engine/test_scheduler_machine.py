@@ -15,7 +15,7 @@ from tests.engine.harness import FakeEngine
 from tests.engine.recurrence import expected_tokens
 
 SHARINGS = ("isolated", "residual", "eager", "base")
-ADAPTERS = ("a8", "b8", "c16", "n0", None)
+ADAPTERS = ("a8", "b8", "c16", "n0", "v8", None)
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=5)
 
 
@@ -34,7 +34,7 @@ class EngineMachine(RuleBasedStateMachine):
     def extend_a_context(self, tail: list[int]) -> None:
         self.contexts.append([*self.contexts[-1], *tail][:40])
 
-    @rule(data=st.data(), declared=st.sets(st.sampled_from(["a8", "b8", "c16", "n0"])))
+    @rule(data=st.data(), declared=st.sets(st.sampled_from(["a8", "b8", "c16", "n0", "v8"])))
     def run_a_context_pass(self, data: st.DataObject, declared: set[str]) -> None:
         context = data.draw(st.sampled_from(self.contexts))
         sharing = data.draw(st.sampled_from(["eager", "base", "residual"]))
@@ -53,7 +53,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _turn(self, context: list[int], own: list[int], adapter: str | None, sharing: str, data: st.DataObject) -> None:
         max_tokens = data.draw(st.integers(1, 6))
-        declared = data.draw(st.sets(st.sampled_from(["a8", "b8", "c16"])))
+        declared = data.draw(st.sets(st.sampled_from(["a8", "b8", "c16", "v8"])))
         writer = None
         if sharing == "residual" and adapter is not None:
             writer = data.draw(st.sampled_from([None, "a8", "b8"]))
@@ -66,6 +66,7 @@ class EngineMachine(RuleBasedStateMachine):
             vocab_size=97,
             has_residual=adapter != "n0",
             writer=writer,
+            invocation=[1, 2] if adapter == "v8" else None,
         )
         num_resumed = data.draw(st.integers(0, max_tokens - 1))
         request = self.fake.request(

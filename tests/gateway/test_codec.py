@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from forkkv_cluster.api.v1 import common_pb2, sessions_pb2
@@ -121,12 +123,12 @@ def test_events_come_back_as_written() -> None:
     logprob = TokenLogprob(5, -0.5, ((5, -0.5), (6, -1.0)))
     usage = PrefixUsage(4, 3, 2, 1)
     delta = TurnDelta((5, 6), "text", (logprob,), "worker-1")
-    end = TurnFinished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5)
+    end = TurnFinished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True)
     read = [messages.read_event(codec.write_event(event)) for event in (TurnStarted("r", 10, 2**62, 8), delta, end)]
     assert read == [
         Started("r", 10, 2**62, 8),
         Delta((5, 6), "text", (logprob,), "worker-1"),
-        Finished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5),
+        Finished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True),
     ]
 
 
@@ -145,6 +147,11 @@ def test_a_status_comes_back_as_written() -> None:
     status = ClusterStatus("1.0", (worker,), directory, 5, 6, (adapter_info("planner"),))
     read = messages.read_status(codec.write_status(status, MODEL))
     assert (read.cluster, read.model) == (status, MODEL)
+
+
+def test_an_adapter_comes_back_as_written() -> None:
+    alora = replace(adapter_info("checker"), invocation_tokens=(5, 6, 5))
+    assert messages.read_adapter(codec.write_adapter(alora)) == alora
 
 
 def test_an_absent_directory_stays_absent() -> None:

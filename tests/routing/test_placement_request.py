@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from forkkv_cluster.core.request import Sharing
+from forkkv_cluster.core.ids import AdapterDigest
+from forkkv_cluster.core.request import AdapterRef, ModelInfo, SamplingParams, Sharing
+from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
 from forkkv_cluster.routing.placement_request import placement_request, residual_chains
-from forkkv_cluster.testing.requests import adapter_ref, context_request, generate_request
+from forkkv_cluster.testing.requests import MODEL_DIGEST, adapter_ref, context_request, generate_request
 
 PLANNER, CRITIC = adapter_ref("planner"), adapter_ref("critic")
 TOKENS = range(5, 18)  # 13 tokens: 3 blocks of 4, and one more.
@@ -43,6 +48,22 @@ def test_under_eager_all_declared_adapters_will_have_residuals() -> None:
     request = generate_request(TOKENS, context_len=8, adapter=PLANNER, declared=(PLANNER, CRITIC))
     context = request.prefix.context
     assert residual_chains(request) == ((PLANNER.digest, "eager", context), (CRITIC.digest, "eager", context))
+
+
+@pytest.mark.parametrize("sharing", [Sharing.EAGER, Sharing.RESIDUAL])
+def test_an_alora_needs_no_residual_and_reads_canonical_blocks_up_to_its_invocation(sharing: Sharing) -> None:
+    checker = AdapterRef("checker", AdapterDigest("c" * 32), (31, 32))
+    model = ModelInfo("tiny", MODEL_DIGEST, 300, 512, 64, "float32")
+    builder = RequestBuilder(model, block_size=4, namespace_of="{}{}".format)
+    prompt = np.array([*TOKENS, 31, 32], dtype=np.int32)
+    choice = PromptSharing(sharing, shared_prefix_tokens=8)
+    built = builder.prompt(prompt, checker, choice, SamplingParams(max_tokens=4), Envelope("r", "t"))
+    request = replace(built, declared=(checker, PLANNER))
+    placement = placement_request(request)
+    assert (placement.residual_of, placement.adapter) == (None, checker.digest)
+    assert (len(placement.context), len(placement.own)) == (3, 0)
+    projected = ((PLANNER.digest, "eager", request.prefix.context[:2]),)
+    assert residual_chains(request) == (projected if sharing is Sharing.EAGER else ())
 
 
 def test_under_residual_only_the_agents_own_will_be_there() -> None:

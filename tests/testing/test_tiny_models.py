@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from peft import PeftConfig
 from transformers import AutoTokenizer
 
 from forkkv_cluster.engine.digest import digest_files
-from forkkv_cluster.testing.tiny_models import ADAPTER_NAMES, TinyKit, TinyModelSpec, build_tiny_kit, demo_document
+from forkkv_cluster.testing.tiny_models import (
+    ADAPTER_NAMES,
+    TinyKit,
+    TinyModelSpec,
+    build_tiny_kit,
+    demo_document,
+    save_alora_adapter,
+)
 
 SMALL = TinyModelSpec(hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)
 
@@ -43,6 +51,14 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is not this tiny kit"):
         build_tiny_kit(tmp_path / "kit", num_adapters=1, spec=SMALL)
     assert [path.name for path in tmp_path.rglob("*")] == ["kit", "thesis.txt"]
+
+
+def test_an_alora_is_saved_as_peft_saves_it_and_the_same_each_time(tmp_path: Path) -> None:
+    kit = build_tiny_kit(tmp_path / "kit", num_adapters=1, spec=SMALL)
+    one, two = (save_alora_adapter(kit.model_dir, tmp_path / name, [5, 6]) for name in ("one", "two"))
+    assert PeftConfig.from_pretrained(str(one)).alora_invocation_tokens == [5, 6]
+    assert content(one) == content(two)
+    assert content(save_alora_adapter(kit.model_dir, tmp_path / "three", [5, 6], seed=1)) != content(one)
 
 
 def test_more_adapters_than_names_get_numbers(tmp_path: Path) -> None:
