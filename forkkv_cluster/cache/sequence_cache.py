@@ -28,14 +28,16 @@ class SequenceCache:
         num_tokens: int,
         residual: ResidualKey | None,
         context_tail_hash: BlockHash | None,
+        max_cached: int | None = None,
     ) -> SequenceLease | None:
         """Claim pages for tokens[:num_tokens]; ``tokens`` [capacity] int32 is the sequence's append-only buffer.
 
-        At least the last token is left to run: its logits are wanted. Shared context must be here already
-        (``ContextCache``); with ``residual`` its pages of that adapter too. None when there is no room: then nothing is
-        claimed, and the context has to be looked for again before a retry.
+        At least the last token is left to run: its logits are wanted; with ``max_cached`` all but that many. Shared
+        context must be here already (``ContextCache``); with ``residual`` its pages of that adapter too. None when there
+        is no room: then nothing is claimed, and the context has to be looked for again before a retry.
         """
-        lease = self._matched(key, tokens, num_tokens, residual, context_tail_hash)
+        reusable = num_tokens - 1 if max_cached is None else min(max_cached, num_tokens - 1)
+        lease = self._matched(key, tokens, num_tokens, residual, context_tail_hash, reusable)
         self._book.add(lease)
         wanted = -(-num_tokens // self._page_size) - lease.num_pages
         if self._memory.fits({None: wanted}, self._book) and self.grow(lease, num_tokens):
@@ -91,9 +93,10 @@ class SequenceCache:
         num_tokens: int,
         residual: ResidualKey | None,
         context_tail_hash: BlockHash | None,
+        reusable: int,
     ) -> SequenceLease:
         size = self._page_size
-        chain = self._chain(key, tokens, (num_tokens - 1) // size)
+        chain = self._chain(key, tokens, reusable // size)
         node = self._tree.match(chain, tokens[:num_tokens])
         num_blocks = node.depth + 1 if node is not None else 0
         record = PathRecord(tokens, np.zeros(-(-len(tokens) // size), dtype=np.int32))
@@ -108,7 +111,7 @@ class SequenceCache:
                 self._tree.pin(entry)
                 lease.residual_pin = entry
                 lease.residual_pages = entry.pages[: entry.node.depth + 1]
-        lease.tail = self._tail_source(lease, tokens, num_tokens, residual, context_tail_hash)
+        lease.tail = self._tail_source(lease, tokens, num_tokens, residual, context_tail_hash, reusable)
         if lease.tail is not None:
             self._tree.pin(lease.tail.node)
             if lease.tail.residual is not None:
@@ -131,9 +134,10 @@ class SequenceCache:
         num_tokens: int,
         residual: ResidualKey | None,
         context_tail_hash: BlockHash | None,
+        reusable: int,
     ) -> TailSource | None:
         start = lease.num_blocks_in_tree * self._page_size
-        own = self._tree.match_tail(self._parent_hash(lease), tokens[start:num_tokens], num_tokens - 1 - start)
+        own = self._tree.match_tail(self._parent_hash(lease), tokens[start:num_tokens], reusable - start)
         context = None
         if context_tail_hash is not None and lease.num_blocks_in_tree == len(lease.key.context):
             context = self._tree.find(context_tail_hash, tokens[:num_tokens])

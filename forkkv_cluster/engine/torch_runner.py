@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from forkkv_cluster.core.config import ClusterConfig
 from forkkv_cluster.core.errors import Unsupported
@@ -14,6 +15,7 @@ from forkkv_cluster.core.request import Guide
 from forkkv_cluster.engine.batch import Batch
 from forkkv_cluster.engine.guides import Guides
 from forkkv_cluster.engine.model_runner import ModelRunner
+from forkkv_cluster.engine.runner import StepResult
 from forkkv_cluster.engine.sampler import SampledToken, sample
 from forkkv_cluster.engine.sampling_row import SamplingRow
 
@@ -52,13 +54,16 @@ class TorchRunner(ModelRunner):
             raise TypeError(f"from_directory made a {type(runner).__name__}")
         return runner
 
-    def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> list[SampledToken | None]:
+    def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> StepResult:
         """Run the batch; ``sampling`` [R] gives params, position and tokens of each logit row.
 
         None stands for a row whose logits are not finite, as its adapter overflows, or whose guide gave up: neither is a
         fault of other rows.
         """
-        logits = self.execute(batch)
+        logits, scores = self.execute_scored(batch)
+        return StepResult(self._sample(logits, sampling), scores)
+
+    def _sample(self, logits: Tensor, sampling: Sequence[SamplingRow]) -> list[SampledToken | None]:
         is_sound = torch.isfinite(logits.sum(dim=-1))  # one pass; a sum of numbers that are none is none
         masks, failed = self._guides.masks(sampling) if self._guides is not None else (None, [])
         is_sound[failed] = False
