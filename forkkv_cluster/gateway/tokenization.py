@@ -50,17 +50,25 @@ class Tokenization:
         return str(getattr(self._tokenizer, "chat_template", None) or "")
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, is_continuation: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        is_continuation: bool = False,
+        template_fields: Mapping[str, Any] | None = None,
     ) -> TokenArray:
         """A conversation through the chat template, with the header of the assistant's answer; [n] int32.
 
         ``is_continuation``: it follows other tokens, so a beginning-of-sequence token of the template is left out.
+        ``template_fields`` are more of what the template may read. Raises InvalidArgument or Unsupported.
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise Unsupported("messages", "chat", "this model's tokenizer has no chat template", "Use /v1/completions.")
-        shown = {"tools": list(tools)} if tools else {}
+        fixed: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **({"tools": list(tools)} if tools else {})}
+        if taken := [name for name in template_fields or () if name in (*fixed, "tools", "conversation", "chat_template")]:
+            raise InvalidArgument(f"chat_template_kwargs.{taken[0]}", None, "is set by the server", "Leave it out.")
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **shown)
+            text = self._tokenizer.apply_chat_template(list(messages), **fixed, **(template_fields or {}))
         except Exception as error:  # Templates raise whatever they like: it is the conversation they do not accept.
             problem = f"the chat template refuses it ({error})"
             raise InvalidArgument("messages", messages, problem, "Change roles or order.") from None
