@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from forkkv_cluster.core.errors import Unavailable
+from forkkv_cluster.core.errors import InvalidArgument, Unavailable
 from forkkv_cluster.core.request import Guide, GuideKind
 from forkkv_cluster.gateway.openai_api import build_http_app
-from tests.gateway.fakes import BOS, FakePool, make_service
+from forkkv_cluster.gateway.openai_types import CompletionRequest
+from forkkv_cluster.gateway.tokenization import Tokenization
+from tests.gateway.fakes import BOS, ByteTokenizer, FakePool, make_service
 from tests.gateway.test_openai_api import CHAT, TEXT, events
 
 
@@ -201,15 +203,10 @@ def test_vllms_names_of_a_guide_reach_the_worker(
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"regex": "x", "choice": ["a"]}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "x"}, "guided_regex": "y"}, "structured_outputs"),
-        ({"branch": {"session": "s", "branch": "b"}, "echo": True}, "echo"),
-        ({"branch": {"session": "s", "branch": "b"}, "prompt": ["a", "b"]}, "prompt"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(client: TestClient, fields: dict[str, Any], param: str) -> None:
     response = client.post("/v1/completions", json={**TEXT, **fields})
-    if "branch" in fields:
-        assert response.status_code in (400, 404)
-        return
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
 
@@ -224,3 +221,10 @@ def test_a_chat_template_reads_what_it_is_given(client: TestClient, pool: FakePo
 def test_fields_that_change_no_answer_are_taken(client: TestClient) -> None:
     ignored = {"user": "u", "request_id": "r", "prompt_cache_key": "k", "safety_identifier": "s", "priority": 0}
     complete(client, **ignored, best_of=1, use_beam_search=False, spaces_between_special_tokens=True)
+
+
+@pytest.mark.parametrize(("fields", "field"), [({"echo": True}, "echo"), ({"prompt": ["a", "b"]}, "prompt")])
+def test_a_branch_has_one_prompt_and_no_echo(fields: dict[str, Any], field: str) -> None:
+    body = CompletionRequest(**{**TEXT, "branch": {"session": "s", "branch": "b"}, **fields})
+    with pytest.raises(InvalidArgument, match=field):
+        body.commands(None, Tokenization(ByteTokenizer()))
