@@ -59,15 +59,22 @@ class KVCacheManager:
     # --- sequences --------------------------------------------------------------------------------------------------
 
     def open_sequence(
-        self, key: PrefixKey, tokens: TokenArray, num_tokens: int, context_len: int, residual: ResidualKey | None
+        self,
+        key: PrefixKey,
+        tokens: TokenArray,
+        num_tokens: int,
+        context_len: int,
+        residual: ResidualKey | None,
+        max_cached: int | None = None,
     ) -> SequenceLease | None:
         """Claim pages for tokens[:num_tokens]; ``tokens`` [capacity] int32 is the sequence's append-only buffer.
 
         ``context_len`` is 0 where nothing is shared. Its context must match in full (``match_context``), unless the sequence
-        runs what is missing as its canonical writer does (an aLoRA, before its invocation).
+        runs what is missing as its canonical writer does (an aLoRA, before its invocation). ``max_cached`` tokens are taken
+        from the cache at most: the caller wants to see the others run.
         """
         tail_hash = self._contexts.tail_hash(key, tokens, context_len)
-        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash, context_len)
+        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash, context_len, max_cached)
 
     def grow(self, lease: SequenceLease, num_tokens: int) -> bool:
         """Make room for tokens up to ``num_tokens``; False, and no change, when there is none."""

@@ -29,14 +29,17 @@ class SequenceCache:
         residual: ResidualKey | None,
         context_tail_hash: BlockHash | None,
         context_len: int = 0,
+        max_cached: int | None = None,
     ) -> SequenceLease | None:
         """Claim pages for tokens[:num_tokens]; ``tokens`` [capacity] int32 is the sequence's append-only buffer.
 
-        At least the last token is left to run: its logits are wanted. Shared context must be here already
-        (``ContextCache``), or be run by the sequence as its canonical writer does; with ``residual`` its pages of that adapter
-        too. None when there is no room: then nothing is claimed, and the context has to be looked for again before a retry.
+        At least the last token is left to run: its logits are wanted; with ``max_cached`` all but that many. Shared
+        context must be here already (``ContextCache``), or be run by the sequence as its canonical writer does; with
+        ``residual`` its pages of that adapter too. None when there is no room: then nothing is claimed, and the context has
+        to be looked for again before a retry.
         """
-        lease = self._matched(key, tokens, num_tokens, residual, context_tail_hash, context_len)
+        reusable = num_tokens - 1 if max_cached is None else min(max_cached, num_tokens - 1)
+        lease = self._matched(key, tokens, num_tokens, residual, context_tail_hash, context_len, reusable)
         self._book.add(lease)
         wanted = -(-num_tokens // self._page_size) - lease.num_pages
         if self._memory.fits({None: wanted}, self._book) and self.grow(lease, num_tokens):
@@ -93,9 +96,10 @@ class SequenceCache:
         residual: ResidualKey | None,
         context_tail_hash: BlockHash | None,
         context_len: int,
+        reusable: int,
     ) -> SequenceLease:
         size = self._page_size
-        chain = self._chain(key, tokens, (num_tokens - 1) // size)
+        chain = self._chain(key, tokens, reusable // size)
         node = self._tree.match(chain, tokens[:num_tokens])
         num_blocks = node.depth + 1 if node is not None else 0
         record = PathRecord(tokens, np.zeros(-(-len(tokens) // size), dtype=np.int32))
@@ -110,7 +114,7 @@ class SequenceCache:
                 self._tree.pin(entry)
                 lease.residual_pin = entry
                 lease.residual_pages = entry.pages[: entry.node.depth + 1]
-        lease.tail = self._tail_source(lease, tokens, num_tokens, residual, context_tail_hash, context_len)
+        lease.tail = self._tail_source(lease, tokens, residual, context_tail_hash, context_len, reusable)
         if lease.tail is not None:
             self._tree.pin(lease.tail.node)
             if lease.tail.residual is not None:
@@ -130,22 +134,23 @@ class SequenceCache:
         self,
         lease: SequenceLease,
         tokens: TokenArray,
-        num_tokens: int,
         residual: ResidualKey | None,
         context_tail_hash: BlockHash | None,
         context_len: int,
+        reusable: int,
     ) -> TailSource | None:
         start = lease.num_blocks_in_tree * self._page_size
-        own = self._tree.match_tail(self._parent_hash(lease), tokens[start:num_tokens], num_tokens - 1 - start)
+        own = self._tree.match_tail(self._parent_hash(lease), tokens[start : reusable + 1], reusable - start)
         context = None
-        if context_tail_hash is not None and lease.num_blocks_in_tree == len(lease.key.context):
-            context = self._tree.find(context_tail_hash, tokens[:num_tokens])
+        if context_tail_hash is not None and context_len <= reusable and lease.num_blocks_in_tree == len(lease.key.context):
+            context = self._tree.find(context_tail_hash, tokens[:context_len])
         if context is not None and (own is None or own[1] < context.length):
             entry = context.residuals.get(residual) if residual is not None else None
             return TailSource(context, context.length, is_context=True, residual=entry)
         if context is None and residual is None and lease.num_blocks_in_tree == len(lease.key.context):
+            shared_end = min(context_len, reusable)
             # Without a residual to merge, the beginning of any canonical block will do, up to the fork point.
-            shared = self._tree.match_tail(lease.key.context_parent, tokens[start:context_len], context_len - start)
+            shared = self._tree.match_tail(lease.key.context_parent, tokens[start:shared_end], shared_end - start)
             if shared is not None and (own is None or own[1] < shared[1]):
                 return TailSource(shared[0], shared[1], is_context=True)
         return TailSource(own[0], own[1], is_context=False) if own is not None else None

@@ -7,7 +7,17 @@ from typing import TypedDict
 
 from forkkv_cluster.api.v1 import adapters_pb2, cluster_pb2, common_pb2, sessions_pb2
 from forkkv_cluster.client.fields import choice, filled, seconds
-from forkkv_cluster.client.results import BranchInfo, Delta, Event, Finished, JoinResult, SessionInfo, Started, Status
+from forkkv_cluster.client.results import (
+    BranchInfo,
+    Delta,
+    Event,
+    Finished,
+    JoinResult,
+    PromptLogprobs,
+    SessionInfo,
+    Started,
+    Status,
+)
 from forkkv_cluster.core.errors import Internal, InvalidArgument
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import (
@@ -38,10 +48,13 @@ class GenerateOptions(TypedDict, total=False):
     top_k, top_p     0 and 1 keep all tokens
     seed             drawn by the server when left out
     max_tokens       the server's default when left out
-    stop             strings that end the output, never part of its text
+    stop             strings that end the output, looked for from min_tokens on
     stop_token_ids   tokens that end the output
+    include_stop_str_in_output   leave what ended the output in its text
+    skip_special_tokens   False shows special tokens in the text
     ignore_eos       go on past the model's end-of-sequence tokens
     logprobs         log probabilities of the chosen and of this many alternatives, 0 to 20
+    prompt_logprobs  the same of the prompt's tokens; of shared context only what this request runs itself
     min_p            drop tokens less likely than this share of the most likely one
     presence_penalty, frequency_penalty   taken off logits of tokens generated so far, once or as often as they were
     repetition_penalty   divides logits of tokens in prompt or output; 1 is none
@@ -62,8 +75,11 @@ class GenerateOptions(TypedDict, total=False):
     max_tokens: int
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
     ignore_eos: bool
     logprobs: int
+    prompt_logprobs: int
     min_p: float
     presence_penalty: float
     frequency_penalty: float
@@ -81,6 +97,7 @@ class GenerateOptions(TypedDict, total=False):
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "seed", "max_tokens", "ignore_eos", "logprobs", "stop", "stop_token_ids"),
     *("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "json_schema", "regex"),
+    *("prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens"),
 )
 
 # Requests
@@ -263,19 +280,24 @@ def read_event(message: sessions_pb2.GenerateResponse) -> Event | None:
     kind = message.WhichOneof("event")
     if kind == "delta":
         delta = message.delta
-        logprobs = tuple(
-            TokenLogprob(entry.token_id, entry.logprob, tuple((top.token_id, top.logprob) for top in entry.top))
-            for entry in delta.logprobs
-        )
+        logprobs = tuple(_read_logprob(entry) for entry in delta.logprobs)
         return Delta(tuple(delta.token_ids), delta.text, logprobs, delta.worker_id)
     if kind == "started":
         started = message.started
         return Started(started.request_id, started.num_prompt_tokens, started.seed, started.max_tokens)
     if kind == "finished":
         return _read_finished(message.finished)
+    if kind == "prompt_logprobs":
+        part = message.prompt_logprobs
+        return PromptLogprobs(part.first_position, tuple(_read_logprob(entry) for entry in part.tokens))
     if kind == "error":
         return None
     raise Internal(f"the server sent an event that this client does not know: {kind}. Update the client.")
+
+
+def _read_logprob(entry: sessions_pb2.TokenLogprob) -> TokenLogprob:
+    top = tuple((top.token_id, top.logprob) for top in entry.top)
+    return TokenLogprob(entry.token_id, entry.logprob, top, entry.rank or None)
 
 
 _FINISH_REASONS = {

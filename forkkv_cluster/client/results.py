@@ -20,6 +20,14 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log probabilities of the prompt's tokens at ``first_position``, first_position + 1, ...; before the first delta."""
+
+    first_position: int
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """Tokens in order. ``text`` may lag behind them: it is only what has become certain."""
 
@@ -46,18 +54,23 @@ class Finished:
     is_adapter_inactive: bool = False
 
 
-Event = Started | Delta | Finished
+Event = Started | PromptLogprobs | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer."""
+    """A whole answer.
+
+    ``prompt_logprobs``, where they were asked for, has an entry for each token of the prompt: None for the first, and for
+    shared context that the request did not run and the token after it.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     started: Started
     finished: Finished
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -130,6 +143,7 @@ class GenerationBuilder:
     """Collects a stream's events into a ``Generation``."""
 
     deltas: list[Delta] = field(default_factory=list)
+    prompt: list[PromptLogprobs] = field(default_factory=list)
     started: Started | None = None
     finished: Finished | None = None
 
@@ -138,6 +152,8 @@ class GenerationBuilder:
             self.started = event
         elif isinstance(event, Delta):
             self.deltas.append(event)
+        elif isinstance(event, PromptLogprobs):
+            self.prompt.append(event)
         else:
             self.finished = event
 
@@ -151,7 +167,13 @@ class GenerationBuilder:
             logprobs=tuple(logprob for delta in self.deltas for logprob in delta.logprobs),
             started=self.started,
             finished=self.finished,
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
+        if not self.prompt:
+            return ()
+        return (*[None] * self.prompt[0].first_position, *(entry for part in self.prompt for entry in part.tokens))
 
 
 __all__ = [
@@ -163,6 +185,7 @@ __all__ = [
     "Generation",
     "GenerationBuilder",
     "JoinResult",
+    "PromptLogprobs",
     "SessionInfo",
     "Started",
     "Status",

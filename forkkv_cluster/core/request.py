@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.ids import AdapterDigest, RequestId, WorkerId
@@ -73,10 +75,13 @@ class SamplingParams:
     top_p            keep the smallest set whose probability reaches top_p; 1 keeps all
     seed             sampling is a function of (seed, choice index, absolute position) and nothing else
     max_tokens       tokens to generate at most, at least 1
-    stop             strings that end the output (never part of it); matched on text, in the gateway
+    stop             strings that end the output, looked for in its text from min_tokens on
     stop_token_ids   tokens that end the output, kept in the token stream but not in the text
+    include_stop_str_in_output  leave the stop string, or the token that ended the output, in the text
     ignore_eos       do not stop at the model's end-of-sequence tokens
     logprobs         None: none; n: the chosen token's and the n most likely tokens' log probabilities (0 to 20)
+    prompt_logprobs  the same of the prompt's tokens. The request reads none of the KV that is cached for tokens it scores;
+                     shared context that other passes run, and the first token after it, are not scored
     min_p            drop tokens less likely than min_p times the most likely one; 0 keeps all
     presence_penalty    taken off the logit of each token generated so far (-2 to 2)
     frequency_penalty   the same, times how often the token was generated (-2 to 2)
@@ -109,6 +114,8 @@ class SamplingParams:
     choice: int = 0
     guide: Guide | None = None
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise InvalidArgument for the first field that no request may have; ``vocab_size`` bounds token ids."""
@@ -127,6 +134,13 @@ class SamplingParams:
                 self.logprobs is None or 0 <= self.logprobs <= 20,
                 "logprobs",
                 self.logprobs,
+                "must be from 0 to 20",
+                "Ask for at most 20 alternatives.",
+            ),
+            (
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+                "prompt_logprobs",
+                self.prompt_logprobs,
                 "must be from 0 to 20",
                 "Ask for at most 20 alternatives.",
             ),
@@ -259,11 +273,75 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of one token, with the most likely alternatives (token id, logprob), best first."""
+    """Natural-log probability of one token, with the most likely alternatives (token id, logprob), best first.
+
+    ``rank`` is 1 for the most likely token; only a prompt's tokens have it.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Log probabilities of consecutive prompt tokens, those at positions first, first + 1, ...
+
+    token_ids [n] int32; logprobs [n] fp32, natural; ranks [n] int32 (1: the most likely token);
+    top_ids [n, k] int32 and top_logprobs [n, k] fp32 of the most likely tokens, best first.
+    """
+
+    first: int
+    token_ids: TokenArray
+    logprobs: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int32]
+    top_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.first + len(self.token_ids)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the logits that they came from were numbers."""
+        return bool(np.isfinite(self.logprobs).all())
+
+    def between(self, first: int, end: int) -> PromptLogprobs:
+        """Of the tokens at positions [first, end), as far as they are here."""
+        rows = slice(max(0, first - self.first), max(0, end - self.first))
+        return PromptLogprobs(
+            max(first, self.first),
+            self.token_ids[rows],
+            self.logprobs[rows],
+            self.ranks[rows],
+            self.top_ids[rows],
+            self.top_logprobs[rows],
+        )
+
+    def entries(self) -> tuple[TokenLogprob, ...]:
+        """One of each token, with its rank."""
+        rows = (array.tolist() for array in (self.token_ids, self.logprobs, self.top_ids, self.top_logprobs, self.ranks))
+        return tuple(
+            TokenLogprob(token_id, logprob, tuple(zip(ids, values, strict=True)), rank)
+            for token_id, logprob, ids, values, rank in zip(*rows, strict=True)
+        )
+
+
+def joined_prompt_logprobs(parts: Sequence[PromptLogprobs]) -> PromptLogprobs | None:
+    """Consecutive parts as one; None for no parts."""
+    if not parts:
+        return None
+    return PromptLogprobs(
+        parts[0].first,
+        np.concatenate([part.token_ids for part in parts]),
+        np.concatenate([part.logprobs for part in parts]),
+        np.concatenate([part.ranks for part in parts]),
+        np.concatenate([part.top_ids for part in parts]),
+        np.concatenate([part.top_logprobs for part in parts]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +371,7 @@ class TokenChunk:
     """Some tokens of one request. The chunk with a ``finish_reason`` is the last; errors end a stream as exceptions.
 
     ``usage`` comes with the first and with the last chunk. ``matched_stop`` is the token that ended the output.
+    ``prompt_logprobs`` come in consecutive parts, all before the first token.
     """
 
     request_id: RequestId
@@ -302,6 +381,7 @@ class TokenChunk:
     matched_stop: int | None = None
     usage: PrefixUsage | None = None
     worker_id: str = ""
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

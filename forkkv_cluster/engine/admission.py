@@ -45,7 +45,12 @@ class Admission:
             raise
         residual = next((t.key for t in needs.required if t.adapter is adapter), None) if needs is not None else None
         order = (int(request.priority), next(self._arrivals))
-        return Turn(request, order, adapter, residual, held.all(), needs, token_buffer(request), request.num_tokens)
+        turn = Turn(request, order, adapter, residual, held.all(), needs, token_buffer(request), request.num_tokens)
+        # A resumed turn's prompt was scored before its first token came.
+        first_scored = (needs.context_len if needs is not None else 0) + 1
+        if request.sampling.prompt_logprobs is not None and not request.num_resumed and first_scored < request.num_tokens:
+            turn.next_scored = first_scored
+        return turn
 
     def demand(self, request: ContextRequest) -> Demand:
         """Raises InvalidArgument, Unsupported, NotFound (adapter) or DeadlineExceeded."""

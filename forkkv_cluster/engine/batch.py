@@ -33,6 +33,10 @@ IntArray = npt.NDArray[np.int64]
 PageArray = npt.NDArray[np.int32]
 
 
+def _no_rows() -> IntArray:
+    return np.zeros(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidualRead:
     """The first ``num_tokens`` tokens of a span also carry this adapter's residual.
@@ -126,6 +130,8 @@ class Batch:
     lora_segments                     disjoint, ascending; rows outside run the base model
     attention                         one span per sequence, ascending; covers all rows
     logit_rows [R]                    int64: rows whose logits are wanted
+    scored_rows, scored_tokens [n]    int64: rows of prompts whose next token, given here, is to be scored, with the
+                                      ``num_top_scores`` most likely ones
     """
 
     token_ids: IntArray
@@ -139,6 +145,9 @@ class Batch:
     logit_rows: IntArray
     tail_copies: tuple[TailCopy, ...] = field(default=())
     residual_tail_copies: tuple[ResidualTailCopy, ...] = field(default=())
+    scored_rows: IntArray = field(default_factory=_no_rows)
+    scored_tokens: IntArray = field(default_factory=_no_rows)
+    num_top_scores: int = 0
 
     @property
     def num_rows(self) -> int:

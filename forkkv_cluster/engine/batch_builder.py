@@ -53,6 +53,8 @@ class _Builder:
         self._writes: dict[int, tuple[list[IntArray], list[IntArray]]] = {}
         self._spans: list[AttentionSpan] = []
         self._logit_rows: list[int] = []
+        self._scored: list[tuple[IntArray, IntArray]] = []
+        self._num_top_scores = 0
         self._copies: list[TailCopy] = []
 
     def add(self, scheduled: Scheduled) -> None:
@@ -90,6 +92,10 @@ class _Builder:
             self._copies.append(self._tail_copy(turn, lease))
         if scheduled.end == turn.num_tokens:
             self._logit_rows.append(int(rows[-1]))
+        if scored := scheduled.scored:
+            where = np.arange(scored.start, scored.stop) - scheduled.start - 1
+            self._scored.append((rows[where], turn.tokens[scored.start : scored.stop].astype(np.int64)))
+            self._num_top_scores = max(self._num_top_scores, turn.request.sampling.prompt_logprobs or 0)
 
     def _tail_copy(self, turn: Turn, lease: SequenceLease) -> TailCopy:
         tail = lease.tail
@@ -153,6 +159,9 @@ class _Builder:
             attention=tuple(self._spans),
             logit_rows=np.array(self._logit_rows, dtype=np.int64),
             tail_copies=tuple(self._copies),
+            scored_rows=_join([rows for rows, _ in self._scored]),
+            scored_tokens=_join([tokens for _, tokens in self._scored]),
+            num_top_scores=self._num_top_scores,
         )
 
 

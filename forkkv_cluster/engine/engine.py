@@ -5,10 +5,8 @@ A step: expire and cancel, schedule, build the batch, run it, sample, commit. Ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
 
-from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.core.clock import Clock, SystemClock
 from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig
@@ -21,57 +19,21 @@ from forkkv_cluster.core.request import (
     ContextRequest,
     FinishReason,
     GenerateRequest,
-    Guide,
     ModelInfo,
+    PromptLogprobs,
     TokenChunk,
-    TokenLogprob,
 )
 from forkkv_cluster.core.status import EngineStatus
 from forkkv_cluster.engine.adapter_registry import AdapterRegistry
 from forkkv_cluster.engine.admission import Admission
-from forkkv_cluster.engine.batch import Batch
 from forkkv_cluster.engine.batch_builder import build_batch, in_row_order
 from forkkv_cluster.engine.counts import EngineCounts
 from forkkv_cluster.engine.outputs import Failure, StepOutput
+from forkkv_cluster.engine.prompt_scores import prompt_logprobs
+from forkkv_cluster.engine.runner import Runner, SampledToken
 from forkkv_cluster.engine.sampling_row import SamplingRow
 from forkkv_cluster.engine.scheduler import Scheduler
 from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn, Waiting
-
-
-class SampledToken(Protocol):
-    """One sampled token. ``logprob`` is set when the request asks for log probabilities."""
-
-    @property
-    def token_id(self) -> int: ...
-
-    @property
-    def logprob(self) -> TokenLogprob | None: ...
-
-
-class Runner(Protocol):
-    """The device side: weights, page memory, one forward pass and the sampler."""
-
-    info: ModelInfo
-    geometry: KVGeometry
-
-    def allocate(self, kv_bytes: int) -> None: ...
-
-    def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]: ...
-
-    def unload_adapter(self, slot: int) -> None: ...
-
-    def residual_rank(self, slot: int) -> int: ...
-
-    def check_guide(self, guide: Guide) -> None:
-        """Raises Unsupported for one that this model's outputs cannot be held to."""
-        ...
-
-    def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> Sequence[SampledToken | None]:
-        """Run the batch and sample its logit rows; ``sampling`` [R] gives each row's params, position and tokens.
-
-        None for a row whose logits are not finite numbers.
-        """
-        ...
 
 
 class Engine:
@@ -162,7 +124,8 @@ class Engine:
         sampling = [
             SamplingRow(t.request.sampling, t.num_tokens, t.tokens, t.request.num_prompt_tokens, t.request_id) for t in ready
         ]
-        sampled = iter(self._runner.run(batch, sampling))
+        result = self._runner.run(batch, sampling)
+        sampled, prompts = iter(result.tokens), prompt_logprobs(work, result.scores)
         self._counts.num_steps += 1
         self._counts.cow_copies += len(batch.tail_copies)
         chunks = []
@@ -170,7 +133,10 @@ class Engine:
             if isinstance(scheduled.item, ContextPass):
                 self._commit_pass(scheduled.item, scheduled)
                 continue
-            outcome = self._commit_turn(scheduled.item, scheduled, sampled)
+            part = prompts.get(scheduled.item.request_id)
+            outcome = self._commit_turn(scheduled.item, scheduled, sampled, part)
+            if part is not None and not isinstance(outcome, Failure):
+                chunks.append(TokenChunk(scheduled.item.request_id, prompt_logprobs=part))
             if isinstance(outcome, Failure):
                 failures.append(outcome)
             elif outcome is not None:
@@ -189,16 +155,18 @@ class Engine:
             self._scheduler.finish(item)
 
     def _commit_turn(
-        self, turn: Turn, scheduled: Scheduled, sampled: Iterator[SampledToken | None]
+        self, turn: Turn, scheduled: Scheduled, sampled: Iterator[SampledToken | None], prompt: PromptLogprobs | None
     ) -> TokenChunk | Failure | None:
         num_prompt = max(0, min(scheduled.end, turn.request.num_prompt_tokens) - scheduled.start)
         turn.usage = turn.usage.plus_run(num_prompt)
         self._counts.prefill_tokens_run += num_prompt
         is_prefilled = scheduled.end == turn.num_tokens
         token = next(sampled) if is_prefilled else None
-        if is_prefilled and token is None:
+        if (is_prefilled and token is None) or (prompt is not None and not prompt.is_finite):
             return self._fail_overflow(turn)
         turn.num_computed = scheduled.end
+        if prompt is not None:
+            turn.next_scored = prompt.end if prompt.end < turn.request.num_prompt_tokens else None
         if turn.lease is not None:
             self._kv.commit(turn.lease, scheduled.end)
         return self._append(turn, token) if token is not None else None

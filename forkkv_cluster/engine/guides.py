@@ -16,10 +16,10 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from torch import Tensor
 
 from forkkv_cluster.core.errors import Unsupported
 from forkkv_cluster.core.request import Guide, GuideKind
+from forkkv_cluster.engine.logits_processing import RowMasks
 from forkkv_cluster.engine.sampling_row import SamplingRow
 
 _MAX_MATCHERS = 512
@@ -56,25 +56,25 @@ class Guides:
             reason = " ".join(problem.split())
             raise Unsupported(guide.kind.value, guide.text, f"cannot be followed ({reason})", "Simplify it.")
 
-    def allowed(self, rows: Sequence[SamplingRow]) -> tuple[Tensor | None, list[int]]:
-        """Which tokens each row may draw, [R, V] bool on the CPU, and the rows whose matcher gave up (its limits).
+    def masks(self, rows: Sequence[SamplingRow]) -> tuple[RowMasks | None, list[int]]:
+        """What the rows with a guide may draw, and those of them whose matcher gave up (its limits).
 
-        None when no row has a guide.
+        None when no row has a guide; a row that failed may draw anything.
         """
-        guided = [i for i, row in enumerate(rows) if row.params.guide is not None]
+        guided = tuple(i for i, row in enumerate(rows) if row.params.guide is not None)
         if not guided:
             return None, []
-        allowed = torch.ones(len(rows), self._vocab_size, dtype=torch.bool)
-        failed = []
+        masks, failed = [], []
         for i in guided:
             matcher = self._matcher(rows[i])
-            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            mask = matcher.compute_bitmask()
             if matcher.is_error():
                 failed.append(i)
-            else:
-                bits = np.unpackbits(mask, bitorder="little")[: self._vocab_size]
-                allowed[i] = torch.from_numpy(bits.astype(bool))
-        return allowed, failed
+                mask = b"\xff" * len(mask)
+            masks.append(mask)
+        bits = np.frombuffer(b"".join(masks), dtype=np.uint8).reshape(len(guided), -1)
+        allowed = np.unpackbits(bits, axis=1, bitorder="little")[:, : self._vocab_size]
+        return RowMasks(guided, torch.from_numpy(allowed.astype(bool))), failed
 
     def _matcher(self, row: SamplingRow) -> LLMatcher:
         generated = row.generated

@@ -22,8 +22,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig, parse_config
+from forkkv_cluster.core.detokenizer import IncrementalDetokenizer
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from forkkv_cluster.core.ids import new_id
+from forkkv_cluster.core.output_text import OutputText
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import (
     AdapterRef,
@@ -56,6 +58,8 @@ class Completion:
     """What one prompt or turn brought. ``text`` is empty where the model directory holds no tokenizer.
 
     ``is_adapter_inactive``: its adapter is an aLoRA that the prompt does not invoke, so that the base model answered.
+    prompt_logprobs  one for each token of the prompt (of a branch: its whole history) where they were asked for; None for
+                     the first, and for shared context that this request did not run and the token after it
     """
 
     token_ids: tuple[int, ...]
@@ -64,6 +68,7 @@ class Completion:
     usage: PrefixUsage
     logprobs: tuple[TokenLogprob, ...] = ()
     is_adapter_inactive: bool = False
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 class LLM:
@@ -136,7 +141,7 @@ class LLM:
             self._builder.prompt(self.tokens(prompt, special=True), ref, PromptSharing(), params, _envelope())
             for prompt, ref in zip(prompts, refs, strict=True)
         ]
-        return self._run([self._local_run(request) for request in requests])
+        return self._run([self._local_run(request) for request in requests], params)
 
     def generate_turns(
         self, turns: Sequence[tuple[Branch, Prompt]], sampling: SamplingParams | None = None, **options: Any
@@ -155,24 +160,30 @@ class LLM:
             session, state = branch.context.session, branch.state
             state.check_turn(tokens)
             runs.append(self._local_run(self._builder.turn(session, state, tokens, params, _envelope())))
-        completions = self._run(runs)
+        completions = self._run(runs, params)
         for (branch, _), tokens, completion in zip(turns, appended, completions, strict=True):
             branch.context.finish_turn(branch.name, tokens, np.asarray(completion.token_ids, dtype=np.int32))
         return completions
 
     def _local_run(self, request: GenerateRequest) -> LocalRun:
-        return LocalRun(request, self.decode if request.sampling.stop else None)
+        params = request.sampling
+        if not params.stop or self._tokenizer is None:
+            return LocalRun(request)
+        tail = request.tokens[-16:].tolist()
+        detokenizer = IncrementalDetokenizer(self._tokenizer, tail, skip_special_tokens=params.skip_special_tokens)
+        return LocalRun(request, OutputText(detokenizer, params))
 
-    def _run(self, runs: list[LocalRun]) -> list[Completion]:
+    def _run(self, runs: list[LocalRun], sampling: SamplingParams) -> list[Completion]:
         run_to_end(self.engine, runs)
         return [
             Completion(
                 tuple(run.token_ids),
-                run.text if run.text is not None else self.decode(run.visible_ids),
+                run.text if run.text is not None else self._decode(run.visible_ids, sampling.skip_special_tokens),
                 run.finish_reason,
                 run.usage,
                 tuple(run.logprobs),
                 isinstance(run.request, GenerateRequest) and run.request.is_adapter_inactive,
+                _prompt_entries(run) if sampling.prompt_logprobs is not None else None,
             )
             for run in runs
         ]
@@ -226,9 +237,13 @@ class LLM:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens; empty without a tokenizer."""
+        return self._decode(token_ids, skip_special_tokens=True)
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         if self._tokenizer is None:
             return ""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        skip = skip_special_tokens
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         return text
 
     @cached_property
@@ -246,6 +261,13 @@ class LLM:
     def status(self) -> EngineStatus:
         """What the engine holds and has counted."""
         return self.engine.status()
+
+
+def _prompt_entries(run: LocalRun) -> tuple[TokenLogprob | None, ...]:
+    if not isinstance(run.request, GenerateRequest):
+        return ()
+    scored = [entry for part in run.prompt_logprobs for entry in part.entries()]
+    return (*[None] * (run.request.num_prompt_tokens - len(scored)), *scored)
 
 
 def _envelope() -> Envelope:

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from forkkv_cluster.core.errors import Internal
-from forkkv_cluster.core.request import ContextRequest, FinishReason, GenerateRequest, PrefixUsage, TokenChunk, TokenLogprob
+from forkkv_cluster.core.output_text import OutputText
+from forkkv_cluster.core.request import (
+    ContextRequest,
+    FinishReason,
+    GenerateRequest,
+    PrefixUsage,
+    PromptLogprobs,
+    TokenChunk,
+    TokenLogprob,
+)
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.engine.outputs import StepOutput
 
 
 class LocalRun:
-    """One request and what it brought. ``decode`` is given where the request has stop strings.
+    """One request and what it brought. ``text`` is given where the request has stop strings.
 
     token_ids    all generated tokens: they end with the token that completed a stop string, if one did
-    visible_ids  those that make text: without a stop token
-    text         set where a stop string cut it
+    visible_ids  those that make text: without a stop token, unless it is asked for
     """
 
-    def __init__(self, request: GenerateRequest | ContextRequest, decode: Callable[[Sequence[int]], str] | None = None) -> None:
+    def __init__(self, request: GenerateRequest | ContextRequest, text: OutputText | None = None) -> None:
         self.request = request
         self.token_ids: list[int] = []
         self.visible_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[PromptLogprobs] = []
         self.usage = PrefixUsage()
-        self.text: str | None = None
-        self._decode = decode
+        self._text = text
+        self._pieces: list[str] = []
         self._reason: FinishReason | None = None
 
     @property
@@ -38,19 +47,30 @@ class LocalRun:
             raise Internal(f"request {self.request.request_id} ended without a terminal result.")
         return self._reason
 
+    @property
+    def text(self) -> str | None:
+        """None where there are no stop strings: the text is that of ``visible_ids``."""
+        return "".join(self._pieces) if self._text is not None else None
+
     def take(self, chunk: TokenChunk) -> None:
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs.append(chunk.prompt_logprobs)
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
-        self.visible_ids += chunk.token_ids if chunk.matched_stop is None else chunk.token_ids[:-1]
         self.usage = chunk.usage or self.usage
         self._reason = chunk.finish_reason
-        if self._decode is not None and isinstance(self.request, GenerateRequest):
-            self._cut(self._decode(self.visible_ids), self.request.sampling.stop)
+        is_hidden = chunk.matched_stop is not None and not self._includes_stop
+        self.visible_ids += chunk.token_ids[:-1] if is_hidden else chunk.token_ids
+        if self._text is not None:
+            self._pieces.append(self._text.push(chunk.token_ids, chunk.matched_stop)[1])
+            if self._text.has_stopped:
+                self._reason = FinishReason.STOP
+            elif self._reason is not None:
+                self._pieces.append(self._text.finish())
 
-    def _cut(self, text: str, stop: tuple[str, ...]) -> None:
-        found = [text.index(string) for string in stop if string in text]
-        if found:
-            self.text, self._reason = text[: min(found)], FinishReason.STOP
+    @property
+    def _includes_stop(self) -> bool:
+        return isinstance(self.request, GenerateRequest) and self.request.sampling.include_stop_str_in_output
 
 
 def run_to_end(engine: Engine, runs: Sequence[LocalRun]) -> None:

@@ -21,6 +21,8 @@ from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
 from forkkv_cluster.engine.model_loader import LoadedModel, load_model, resolve_device
 from forkkv_cluster.engine.models.config import ModelConfig
+from forkkv_cluster.engine.scores import TokenScores
+from forkkv_cluster.engine.scoring import score_in_chunks
 from forkkv_cluster.engine.step_inputs import step_inputs
 
 
@@ -94,15 +96,30 @@ class ModelRunner:
         rank = self.residual_rank(slot)
         return self.geometry.rank_class(rank) if rank else None
 
-    @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
-        """Copy tails, run all rows, write their KV; returns logits [R, V] fp32 of ``batch.logit_rows``.
+        """As ``execute_scored``; only logits [R, V] fp32 of ``batch.logit_rows``."""
+        return self.execute_scored(batch)[0]
+
+    @torch.inference_mode()
+    def execute_scored(self, batch: Batch) -> tuple[Tensor, TokenScores | None]:
+        """Copy tails, run all rows, write their KV; returns logits [R, V] fp32 of ``batch.logit_rows`` and the scores of
+        ``batch.scored_rows``, if there are any.
 
         Raises FailedPrecondition before ``allocate`` and NotFound for an adapter slot that is empty.
         """
+        hidden = self._forward(batch)
+        num_logits, num_top = len(batch.logit_rows), batch.num_top_scores
+        logits = self._model.logits(hidden[:num_logits])
+        if not len(batch.scored_rows):
+            return logits, None
+        tokens, vocab_size = batch.scored_tokens, self.info.vocab_size
+        return logits, score_in_chunks(hidden[num_logits:], self._model.logits, tokens, num_top, vocab_size)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Last hidden states [R + n, H] of logit and scored rows."""
         self._copy_tails(batch)
         if batch.num_rows == 0:
-            return torch.empty(0, self.info.vocab_size)
+            return torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self._device)
         step = step_inputs(batch, self._rotary, self._device)
         plan = plan_attention(batch.attention, self.geometry.page_size)
         attention = PagedAttention(plan, self.kv, self._adapters, self._rotary)

@@ -179,7 +179,9 @@ class Scheduler:
         return self._start_turn(entry)
 
     def _start_turn(self, turn: Turn) -> Turn | _Outcome:
-        lease = self._kv.open_sequence(turn.request.prefix, turn.tokens, turn.num_tokens, turn.fork_point, turn.residual)
+        lease = self._kv.open_sequence(
+            turn.request.prefix, turn.tokens, turn.num_tokens, turn.fork_point, turn.residual, turn.max_cached
+        )
         if lease is None:
             return _Outcome.NO_ROOM
         self._waiting.remove(turn)

@@ -92,7 +92,8 @@ class Turn:
     """A ``GenerateRequest`` in an engine.
 
     tokens [num_prompt + max_tokens] int32: append-only; the first ``num_tokens`` are known, the KV of the first
-    ``num_computed`` is written.
+    ``num_computed`` is written. ``next_scored`` is the position of the next prompt token whose log probability is
+    wanted, None when no more are.
     """
 
     request: GenerateRequest
@@ -109,6 +110,7 @@ class Turn:
     is_usage_known: bool = False
     is_usage_sent: bool = False
     num_passes: int = 0
+    next_scored: int | None = None
 
     @property
     def request_id(self) -> RequestId:
@@ -146,6 +148,11 @@ class Turn:
         self.num_computed = lease.num_computed
         found = min(lease.num_computed, self.request.num_prompt_tokens)
         note_match(self, ContextMatch(found, found))
+
+    @property
+    def max_cached(self) -> int | None:
+        """Tokens whose KV may come from the cache at most: the row before a token that is scored has to run."""
+        return self.next_scored - 1 if self.next_scored is not None else None
 
     def append(self, token_id: int) -> None:
         self.tokens[self.num_tokens] = token_id
@@ -192,6 +199,13 @@ class Scheduled:
             return self.end
         first = self.item.lora_start if isinstance(self.item, Turn) else 0
         return min(max(first, self.start), self.end)
+
+    @property
+    def scored(self) -> range:
+        """Positions of the prompt tokens whose log probabilities this step's rows give: each by the row before it."""
+        if not isinstance(self.item, Turn) or self.item.next_scored is None:
+            return range(0)
+        return range(max(self.start + 1, self.item.next_scored), min(self.end + 1, self.item.request.num_prompt_tokens))
 
 
 def note_match(entry: Waiting, match: ContextMatch) -> None:

@@ -45,7 +45,7 @@ class ResidualRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
-    """token_ids [T] int64; cos_sin [T, D] fp32; base_rows, base_slots [W]; logit_rows [R]."""
+    """token_ids [T] int64; cos_sin [T, D] fp32; base_rows, base_slots [W]; output_rows [R + n]: logit and scored rows."""
 
     token_ids: Tensor
     cos_sin: Tensor
@@ -53,7 +53,7 @@ class StepInputs:
     base_slots: Tensor | slice
     lora: tuple[LoraRows, ...]
     residual_writes: tuple[ResidualRows, ...]
-    logit_rows: Tensor
+    output_rows: Tensor
 
     @property
     def num_rows(self) -> int:
@@ -84,7 +84,7 @@ def step_inputs(batch: Batch, rotary: RotaryTable, device: torch.device) -> Step
         base_slots=compact(batch.base_slots, device),
         lora=segments,
         residual_writes=tuple(residual_writes),
-        logit_rows=torch.from_numpy(np.ascontiguousarray(batch.logit_rows)).to(device),
+        output_rows=torch.from_numpy(np.concatenate((batch.logit_rows, batch.scored_rows))).to(device),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from forkkv_cluster.core.config import ClusterConfig
 from forkkv_cluster.core.errors import Unsupported
@@ -14,6 +15,7 @@ from forkkv_cluster.core.request import Guide
 from forkkv_cluster.engine.batch import Batch
 from forkkv_cluster.engine.guides import Guides
 from forkkv_cluster.engine.model_runner import ModelRunner
+from forkkv_cluster.engine.runner import StepResult
 from forkkv_cluster.engine.sampler import SampledToken, sample
 from forkkv_cluster.engine.sampling_row import SamplingRow
 
@@ -52,18 +54,21 @@ class TorchRunner(ModelRunner):
             raise TypeError(f"from_directory made a {type(runner).__name__}")
         return runner
 
-    def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> list[SampledToken | None]:
+    def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> StepResult:
         """Run the batch; ``sampling`` [R] gives params, position and tokens of each logit row.
 
         None stands for a row whose logits are not finite, as its adapter overflows, or whose guide gave up: neither is a
         fault of other rows.
         """
-        logits = self.execute(batch)
-        is_sound = torch.isfinite(logits).all(dim=-1)
-        allowed, failed = self._guides.allowed(sampling) if self._guides is not None else (None, [])
+        logits, scores = self.execute_scored(batch)
+        return StepResult(self._sample(logits, sampling), scores)
+
+    def _sample(self, logits: Tensor, sampling: Sequence[SamplingRow]) -> list[SampledToken | None]:
+        is_sound = torch.isfinite(logits.sum(dim=-1))  # one pass; a sum of numbers that are none is none
+        masks, failed = self._guides.masks(sampling) if self._guides is not None else (None, [])
         is_sound[failed] = False
         if bool(is_sound.all()):
-            return list(sample(logits, sampling, self.info.eos_token_ids, allowed))
+            return list(sample(logits, sampling, self.info.eos_token_ids, masks))
         logits = torch.where(is_sound.unsqueeze(-1), logits, 0.0)
-        tokens = sample(logits, sampling, self.info.eos_token_ids, allowed)
+        tokens = sample(logits, sampling, self.info.eos_token_ids, masks)
         return [token if sound else None for token, sound in zip(tokens, is_sound.tolist(), strict=True)]

@@ -32,6 +32,7 @@ from forkkv_cluster.gateway.commands import (
     TurnDelta,
     TurnEvent,
     TurnFinished,
+    TurnPromptLogprobs,
     TurnStarted,
 )
 
@@ -128,6 +129,9 @@ def _read_sampling(message: sessions_pb2.SamplingParams) -> SamplingChoice:
         logit_bias=tuple((token, _plain_float(bias)) for token, bias in sorted(message.logit_bias.items())),
         min_tokens=message.min_tokens,
         guide=_read_guide(message),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        include_stop_str_in_output=message.include_stop_str_in_output,
+        skip_special_tokens=message.skip_special_tokens if message.HasField("skip_special_tokens") else True,
     )
     return SamplingChoice(
         params,
@@ -197,6 +201,10 @@ def write_event(event: TurnEvent) -> sessions_pb2.GenerateResponse:
         )
     if isinstance(event, TurnDelta):
         return sessions_pb2.GenerateResponse(delta=_write_delta(event))
+    if isinstance(event, TurnPromptLogprobs):
+        tokens = [_write_logprob(entry) for entry in event.part.entries()]
+        part = sessions_pb2.PromptLogprobs(first_position=event.part.first, tokens=tokens)
+        return sessions_pb2.GenerateResponse(prompt_logprobs=part)
     return sessions_pb2.GenerateResponse(finished=_write_finished(event))
 
 
@@ -211,7 +219,7 @@ def _write_delta(event: TurnDelta) -> sessions_pb2.TokenDelta:
 
 def _write_logprob(logprob: TokenLogprob) -> sessions_pb2.TokenLogprob:
     top = [sessions_pb2.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top]
-    return sessions_pb2.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
+    return sessions_pb2.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top, rank=logprob.rank or 0)
 
 
 _FINISH_REASONS = {

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from forkkv_cluster.core.request import FinishReason, PrefixUsage, Priority, SamplingParams, Sharing, TokenLogprob
+from forkkv_cluster.core.request import (
+    FinishReason,
+    PrefixUsage,
+    Priority,
+    PromptLogprobs,
+    SamplingParams,
+    Sharing,
+    TokenLogprob,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +88,13 @@ class TurnStarted:
     max_tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnPromptLogprobs:
+    """Log probabilities of consecutive tokens of the prompt. All parts come, in order, before the first delta."""
+
+    part: PromptLogprobs
+
+
 @dataclass(frozen=True, slots=True)
 class TurnDelta:
     """Tokens in order. ``text`` may lag behind them: it is only what has become certain."""
@@ -109,4 +124,4 @@ class TurnFinished:
     is_adapter_inactive: bool = False
 
 
-TurnEvent = TurnStarted | TurnDelta | TurnFinished
+TurnEvent = TurnStarted | TurnPromptLogprobs | TurnDelta | TurnFinished

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -24,10 +23,17 @@ from forkkv_cluster.core.errors import ForkKVError, Internal, InvalidArgument
 from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.request import token_array
 from forkkv_cluster.gateway.branch_turns import draw_seed
-from forkkv_cluster.gateway.choices import ChoiceEvents, choice_commands, choice_events, whole_usage
-from forkkv_cluster.gateway.commands import TurnDelta, TurnEvent, TurnFinished
+from forkkv_cluster.gateway.choices import ChoiceEvents, choice_commands, prompt_events, silenced, whole_usage
+from forkkv_cluster.gateway.commands import GenerateCommand, TurnDelta, TurnEvent, TurnFinished, TurnPromptLogprobs
 from forkkv_cluster.gateway.identity import authenticate
-from forkkv_cluster.gateway.openai_format import ChatFormat, CompletionFormat, ResponseFormat, error_body, error_headers
+from forkkv_cluster.gateway.openai_format import (
+    ChatFormat,
+    CompletionFormat,
+    ResponseFormat,
+    TokenText,
+    error_body,
+    error_headers,
+)
 from forkkv_cluster.gateway.openai_types import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -129,14 +135,23 @@ async def unload_lora_adapter(body: UnloadAdapterBody, gateway: Gateway, caller:
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, gateway: Gateway, caller: Caller) -> Response:
-    return await _respond(gateway, caller, body, "cmpl", CompletionFormat)
+    def make(commands: list[GenerateCommand], *head: Any, **options: Any) -> ResponseFormat:
+        echoes = body.echoed(commands, gateway.tokenization, gateway.model.vocab_size)
+        return CompletionFormat(*head, echoes=echoes, **options)
+
+    return await _respond(gateway, caller, body, "cmpl", make, is_silent=body.is_silent)
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatCompletionRequest, gateway: Gateway, caller: Caller) -> Response:
     dialect = body.tool_dialect(gateway.tokenization)
-    form = ChatFormat if dialect is None else partial(ToolChatFormat, dialect=dialect)
-    return await _respond(gateway, caller, body, "chatcmpl", form)
+
+    def make(commands: list[GenerateCommand], *head: Any, **options: Any) -> ResponseFormat:
+        if dialect is None:
+            return ChatFormat(*head, **options)
+        return ToolChatFormat(*head, dialect=dialect, is_single=body.parallel_tool_calls is False, **options)
+
+    return await _respond(gateway, caller, body, "chatcmpl", make)
 
 
 async def _respond(
@@ -144,19 +159,41 @@ async def _respond(
     caller: str | None,
     body: GenerationRequest,
     prefix: str,
-    format_type: Callable[..., ResponseFormat],
+    make_format: Callable[..., ResponseFormat],
+    *,
+    is_silent: bool = False,
 ) -> Response:
     adapter = await _adapter_name(gateway, caller, body)
-    commands = choice_commands(body.command(adapter, gateway.tokenization), 1 if body.n is None else body.n, draw_seed())
-    events = choice_events(commands, lambda command: gateway.generate(caller, command))
-    form = format_type(new_id(prefix), body.model, int(time.time()), lambda token: gateway.tokenization.decode([token]))
+    n = 1 if body.n is None else body.n
+    commands = body.commands(adapter, gateway.tokenization)
+    choices = [choice_commands(command, n, draw_seed()) for command in commands]
+    form = make_format(
+        commands,
+        new_id(prefix),
+        body.model,
+        int(time.time()),
+        _token_text(gateway, body),
+        n=n,
+        has_prompt_logprobs=body.prompt_logprobs is not None,
+    )
+    events = prompt_events(choices, lambda command: gateway.generate(caller, command))
+    events = silenced(events) if is_silent else events
+    num_choices = n * len(commands)
     if not body.stream:
-        return JSONResponse(await _collect(events, form, len(commands)))
+        return JSONResponse(await _collect(events, form, num_choices))
     # The first token comes before the status line, so that a refused request gets the status it deserves.
-    beginning = [await anext(events), await anext(events)]
+    beginning: list[tuple[int, TurnEvent]] = []
+    while not beginning or not isinstance(beginning[-1][1], TurnDelta | TurnFinished):
+        beginning.append(await anext(events))
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    lines = _server_sent_events(_chain(beginning, events), form, len(commands), include_usage)
+    lines = _server_sent_events(_chain(beginning, events), form, num_choices, n if include_usage else None)
     return StreamingResponse(lines, media_type="text/event-stream")
+
+
+def _token_text(gateway: GatewayService, body: GenerationRequest) -> TokenText:
+    if body.return_tokens_as_token_ids:
+        return lambda token: f"token_id:{token}"
+    return lambda token: gateway.tokenization.decode([token])
 
 
 async def _adapter_name(gateway: GatewayService, caller: str | None, body: GenerationRequest) -> str | None:
@@ -173,42 +210,57 @@ async def _adapter_name(gateway: GatewayService, caller: str | None, body: Gener
     return adapter
 
 
-async def _collect(events: ChoiceEvents, form: ResponseFormat, n: int) -> dict[str, Any]:
-    deltas: list[list[TurnDelta]] = [[] for _ in range(n)]
+async def _collect(events: ChoiceEvents, form: ResponseFormat, num_choices: int) -> dict[str, Any]:
+    deltas: list[list[TurnDelta]] = [[] for _ in range(num_choices)]
     ends: dict[int, TurnFinished] = {}
     async with aclosing(events):
         async for index, event in events:
             if isinstance(event, TurnDelta):
                 deltas[index].append(event)
+            elif isinstance(event, TurnPromptLogprobs):
+                form.take_prompt(index, event.part)
             elif isinstance(event, TurnFinished):
                 ends[index] = event
-    if len(ends) < n:
+    if len(ends) < num_choices:
         raise Internal("a turn ended without its last event.")
-    return form.whole([(deltas[index], ends[index]) for index in range(n)])
+    return form.whole([(deltas[index], ends[index]) for index in range(num_choices)])
 
 
 async def _server_sent_events(
-    events: ChoiceEvents, form: ResponseFormat, n: int, include_usage: bool
+    events: ChoiceEvents, form: ResponseFormat, num_choices: int, usage_of: int | None
 ) -> AsyncGenerator[str, None]:
-    """``data:`` lines; an error after the beginning is one, too, and ends the stream without [DONE]."""
-    ends: list[TurnFinished] = []
-    for index in range(n):
+    """``data:`` lines; an error after the beginning is one, too, and ends the stream without [DONE].
+
+    ``usage_of`` are the choices of each prompt, where a last chunk with the usage is wanted.
+    """
+    ends: dict[int, TurnFinished] = {}
+    for index in range(num_choices):
         for body in form.opening(index):
             yield _data(body)
     try:
         async with aclosing(events):
             async for index, event in events:
-                if isinstance(event, TurnDelta):
-                    yield _data(form.chunk(index, event))
-                elif isinstance(event, TurnFinished):
-                    ends.append(event)
-                    yield _data(form.ending(index, event))
+                for body in _bodies(form, index, event):
+                    yield _data(body)
+                if isinstance(event, TurnFinished):
+                    ends[index] = event
     except ForkKVError as error:
         yield _data(error_body(error))
         return
-    if include_usage:
-        yield _data(form.usage_chunk(whole_usage(ends)))
+    if usage_of is not None:
+        yield _data(form.usage_chunk(whole_usage([ends[index] for index in sorted(ends)], usage_of)))
     yield "data: [DONE]\n\n"
+
+
+def _bodies(form: ResponseFormat, index: int, event: TurnEvent) -> list[dict[str, Any]]:
+    """What one event streams."""
+    if isinstance(event, TurnPromptLogprobs):
+        form.take_prompt(index, event.part)
+    elif isinstance(event, TurnDelta):
+        return form.chunks(index, event)
+    elif isinstance(event, TurnFinished):
+        return form.ending(index, event)
+    return []
 
 
 async def _chain(beginning: list[tuple[int, TurnEvent]], events: ChoiceEvents) -> ChoiceEvents:

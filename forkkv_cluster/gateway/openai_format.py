@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from forkkv_cluster.core.errors import ForkKVError, InvalidArgument, ResourceExhausted
-from forkkv_cluster.core.request import TokenLogprob
+from forkkv_cluster.core.request import PromptLogprobs, TokenLogprob
 from forkkv_cluster.gateway.choices import whole_usage
 from forkkv_cluster.gateway.commands import TurnDelta, TurnFinished
 
@@ -62,29 +65,65 @@ def usage_body(finished: TurnFinished) -> dict[str, Any]:
 
 
 class ResponseFormat:
-    """Bodies of one response. ``token_text`` gives a token's own text, for log probabilities."""
+    """Bodies of one response: of each prompt in turn its ``n`` choices.
+
+    ``token_text`` gives a token's own text, for log probabilities. ``has_prompt_logprobs``: the body shows them.
+    """
 
     object_name = ""
     chunk_name = ""
 
-    def __init__(self, response_id: str, model: str, created_s: int, token_text: TokenText) -> None:
+    def __init__(
+        self,
+        response_id: str,
+        model: str,
+        created_s: int,
+        token_text: TokenText,
+        *,
+        n: int = 1,
+        has_prompt_logprobs: bool = False,
+    ) -> None:
         self._head = {"id": response_id, "created": created_s, "model": model}
         self._token_text = token_text
+        self._n = n
+        self._has_prompt_logprobs = has_prompt_logprobs
+        self._scored: defaultdict[int, list[PromptLogprobs]] = defaultdict(list)
+
+    def take_prompt(self, index: int, part: PromptLogprobs) -> None:
+        """Log probabilities of the prompt of choice ``index``, before its first delta; they are those of all its choices."""
+        self._scored[index // self._n].append(part)
+
+    def _prompt_logprobs(self, index: int, finished: TurnFinished) -> list[dict[str, Any] | None]:
+        """As vLLM has them: null where nothing is known, else the token itself and the most likely ones, by id."""
+        scored = [entry for part in self._scored[index // self._n] for entry in part.entries()]
+        known = [self._prompt_entry(entry) for entry in scored]
+        return [*[None] * (finished.num_prompt_tokens - len(known)), *known]
+
+    def _prompt_entry(self, entry: TokenLogprob) -> dict[str, Any]:
+        tokens = [(entry.token_id, entry.logprob, entry.rank)]
+        tokens += [(token, value, rank) for rank, (token, value) in enumerate(entry.top, start=1) if token != entry.token_id]
+        return {
+            str(token): {"logprob": value, "rank": rank, "decoded_token": self._token_text(token)}
+            for token, value, rank in tokens
+        }
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Chunks of choice ``index`` before its first delta."""
         return []
 
-    def chunk(self, index: int, delta: TurnDelta) -> dict[str, Any]:
+    def chunks(self, index: int, delta: TurnDelta) -> list[dict[str, Any]]:
+        """What a delta of choice ``index`` streams."""
         raise NotImplementedError
 
-    def closing(self, index: int, finished: TurnFinished) -> dict[str, Any]:
+    def closing(self, index: int, finished: TurnFinished) -> list[dict[str, Any]]:
+        """What the end of choice ``index`` streams."""
         raise NotImplementedError
 
-    def ending(self, index: int, finished: TurnFinished) -> dict[str, Any]:
-        """The last chunk of choice ``index``: in a stream without usage, this says that the adapter did not run."""
+    def ending(self, index: int, finished: TurnFinished) -> list[dict[str, Any]]:
+        """``closing``, whose last chunk says that the adapter did not run: in a stream without usage, nothing else does."""
+        bodies = self.closing(index, finished)
         notes = {"forkkv": {"is_adapter_inactive": True}} if finished.is_adapter_inactive else {}
-        return {**self.closing(index, finished), **notes}
+        return [*bodies[:-1], {**bodies[-1], **notes}]
 
     def usage_chunk(self, finished: TurnFinished) -> dict[str, Any]:
         """The extra last chunk of stream_options.include_usage."""
@@ -93,14 +132,11 @@ class ResponseFormat:
     def whole(self, answers: Sequence[tuple[Sequence[TurnDelta], TurnFinished]]) -> dict[str, Any]:
         """The body of all choices, in order: what each streamed, and its end."""
         choices = [self._choice(index, deltas, finished) for index, (deltas, finished) in enumerate(answers)]
-        usage = usage_body(whole_usage([finished for _, finished in answers]))
+        usage = usage_body(whole_usage([finished for _, finished in answers], self._n))
         return {**self._head, "object": self.object_name, "choices": choices, "usage": usage}
 
     def _choice(self, index: int, deltas: Sequence[TurnDelta], finished: TurnFinished) -> dict[str, Any]:
-        text = "".join(delta.text for delta in deltas)
-        logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
-        head = {"index": index, "finish_reason": finish_reason(finished), "logprobs": self._logprobs(logprobs)}
-        return {**head, **self._content(text)}
+        raise NotImplementedError
 
     def _chunk(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -109,44 +145,88 @@ class ResponseFormat:
             "choices": [{"index": index, "finish_reason": None, "logprobs": None, **choice}],
         }
 
-    def _content(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        raise NotImplementedError
-
 
 def finish_reason(finished: TurnFinished) -> str:
     """OpenAI's word; a turn that was replayed from the store stopped."""
     return str(finished.finish_reason or "stop")
 
 
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt that stands before its answers; ``logprobs`` alternatives of each token are shown, None: no logprobs."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: int | None
+
+
 class CompletionFormat(ResponseFormat):
-    """text_completion."""
+    """text_completion. ``echoes`` are the prompts, where they are shown."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    def chunk(self, index: int, delta: TurnDelta) -> dict[str, Any]:
-        return self._chunk(index, {"text": delta.text, "logprobs": self._logprobs(delta.logprobs)})
+    def __init__(self, *head: Any, echoes: Sequence[EchoedPrompt] = (), **options: Any) -> None:
+        super().__init__(*head, **options)
+        self._echoes = echoes
+        self._offsets: defaultdict[int, int] = defaultdict(int)
+        self._is_begun: set[int] = set()
 
-    def closing(self, index: int, finished: TurnFinished) -> dict[str, Any]:
-        return self._chunk(index, {"text": "", "finish_reason": finish_reason(finished)})
+    def chunks(self, index: int, delta: TurnDelta) -> list[dict[str, Any]]:
+        return [*self._begin(index), self._chunk(index, {"text": delta.text, "logprobs": self._offset(index, delta.logprobs)})]
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def closing(self, index: int, finished: TurnFinished) -> list[dict[str, Any]]:
+        return [*self._begin(index), self._chunk(index, {"text": "", "finish_reason": finish_reason(finished)})]
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _begin(self, index: int) -> list[dict[str, Any]]:
+        """The echo, once, as soon as all that belongs to it is there."""
+        if index in self._is_begun or not self._echoes:
+            return []
+        self._is_begun.add(index)
+        echo = self._echoes[index // self._n]
+        return [self._chunk(index, {"text": echo.text, "logprobs": self._offset(index, self._echoed(index))})]
+
+    def _choice(self, index: int, deltas: Sequence[TurnDelta], finished: TurnFinished) -> dict[str, Any]:
+        echoed = self._echoes[index // self._n].text if self._echoes else ""
+        logprobs = [*self._echoed(index), *(logprob for delta in deltas for logprob in delta.logprobs)]
+        choice = {
+            "index": index,
+            "finish_reason": finish_reason(finished),
+            "logprobs": self._offset(index, logprobs),
+            "text": echoed + "".join(delta.text for delta in deltas),
+        }
+        if self._has_prompt_logprobs:
+            choice["prompt_logprobs"] = self._prompt_logprobs(index, finished)
+        return choice
+
+    def _echoed(self, index: int) -> list[TokenLogprob | int]:
+        """The prompt's tokens: with what is known of them, or by themselves."""
+        if not self._echoes or self._echoes[index // self._n].logprobs is None:
+            return []
+        echo = self._echoes[index // self._n]
+        scored = [entry for part in self._scored[index // self._n] for entry in part.entries()]
+        shown = [replace(entry, top=entry.top[: echo.logprobs]) for entry in scored]
+        return [*echo.token_ids[: len(echo.token_ids) - len(shown)], *shown]
+
+    def _offset(self, index: int, logprobs: Sequence[TokenLogprob | int]) -> dict[str, Any] | None:
+        """Tokens with their places in the text of choice ``index``, which go on where the last call ended."""
         if not logprobs:
             return None
-        tokens = [self._token_text(logprob.token_id) for logprob in logprobs]
-        offsets = [sum(len(token) for token in tokens[:index]) for index in range(len(tokens))]
+        known = [None if isinstance(entry, int) else entry for entry in logprobs]
+        ids = [entry if isinstance(entry, int) else entry.token_id for entry in logprobs]
+        tokens = [self._token_text(token_id) for token_id in ids]
+        offsets = list(accumulate((len(token) for token in tokens), initial=self._offsets[index]))
+        self._offsets[index] = offsets.pop()
         return {
             "tokens": tokens,
-            "token_logprobs": [logprob.logprob for logprob in logprobs],
-            "top_logprobs": [{self._token_text(token): value for token, value in logprob.top} for logprob in logprobs],
+            "token_logprobs": [entry.logprob if entry is not None else None for entry in known],
+            "top_logprobs": [self._top(entry) if entry is not None else None for entry in known],
             "text_offset": offsets,
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text: of tokens that read alike, as halves of characters do, the most likely one counts."""
+        return {self._token_text(token): value for token, value in reversed(entry.top)}
 
 
 class ChatFormat(ResponseFormat):
@@ -158,14 +238,20 @@ class ChatFormat(ResponseFormat):
     def opening(self, index: int) -> list[dict[str, Any]]:
         return [self._chunk(index, {"delta": {"role": "assistant", "content": ""}})]
 
-    def chunk(self, index: int, delta: TurnDelta) -> dict[str, Any]:
-        return self._chunk(index, {"delta": {"content": delta.text}, "logprobs": self._logprobs(delta.logprobs)})
+    def chunks(self, index: int, delta: TurnDelta) -> list[dict[str, Any]]:
+        return [self._chunk(index, {"delta": {"content": delta.text}, "logprobs": self._logprobs(delta.logprobs)})]
 
-    def closing(self, index: int, finished: TurnFinished) -> dict[str, Any]:
-        return self._chunk(index, {"delta": {}, "finish_reason": finish_reason(finished)})
+    def closing(self, index: int, finished: TurnFinished) -> list[dict[str, Any]]:
+        return [self._chunk(index, {"delta": {}, "finish_reason": finish_reason(finished)})]
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def whole(self, answers: Sequence[tuple[Sequence[TurnDelta], TurnFinished]]) -> dict[str, Any]:
+        body = super().whole(answers)
+        return {**body, "prompt_logprobs": self._prompt_logprobs(0, answers[0][1])} if self._has_prompt_logprobs else body
+
+    def _choice(self, index: int, deltas: Sequence[TurnDelta], finished: TurnFinished) -> dict[str, Any]:
+        logprobs = self._logprobs([logprob for delta in deltas for logprob in delta.logprobs])
+        message = {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None}
+        return {"index": index, "finish_reason": finish_reason(finished), "logprobs": logprobs, "message": message}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not logprobs:

@@ -1,38 +1,72 @@
 """Request bodies of the OpenAI-compatible API, and how each becomes a command.
 
-Fields that OpenAI has and this server does not are refused by name when they would change the answer, and taken silently
-when they would not (``user``, ``store``, ``metadata``, ``service_tier``). Unknown fields are refused, as OpenAI does.
+Fields that OpenAI or vLLM has and this server does not are refused by name when they would change the answer, and taken
+silently when they would not. Unknown fields are refused, as OpenAI does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
-from forkkv_cluster.core.request import Guide, SamplingParams, Sharing
+from forkkv_cluster.core.request import Guide, SamplingParams, Sharing, token_array
 from forkkv_cluster.gateway.commands import BranchTarget, GenerateCommand, SamplingChoice, StatelessTarget, TextOrTokens
 from forkkv_cluster.gateway.guided import json_guide, read_guide
+from forkkv_cluster.gateway.openai_format import EchoedPrompt
 from forkkv_cluster.gateway.openai_messages import ChatMessage, ToolSpec
 from forkkv_cluster.gateway.tokenization import Tokenization
 from forkkv_cluster.gateway.tool_calls import Dialect, dialect_of, forced_call
 
-_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
+    # vLLM's.
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_embeds": (),
+    "logits_processors": ([],),
+    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
+    "priority": (0,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "mm_processor_kwargs": (),
+    "include_reasoning": (True,),
+    "return_token_ids": (False,),
+    "cache_salt": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": (),
 }
 """Known but unsupported fields, with the values (besides null) that ask for nothing."""
+
+_IGNORED = frozenset(
+    (
+        *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("request_id", "guided_decoding_backend"),
+    )
+)
+"""Fields that change no answer, whatever they hold."""
+
+
+MAX_PROMPTS = 1024
 
 
 class StreamOptions(BaseModel):
@@ -77,8 +111,14 @@ class GenerationRequest(BaseModel):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_tokens_as_token_ids: bool = False
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     # Ours, by the client's extra_body.
     branch: BranchField | None = None
@@ -86,33 +126,36 @@ class GenerationRequest(BaseModel):
     sharing_group: str = ""
     shared_prefix_tokens: int | None = None
     timeout_s: float | None = None
-    # Taken, without effect.
-    user: str | None = None
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
-    service_tier: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name, harmless in _NO_EFFECT.items():
+        for name, harmless in _UNSUPPORTED.items():
             if name in body and body[name] is not None and body[name] not in harmless:
                 raise Unsupported(name, body[name], "this server does not have it", "Leave it out.")
-        return {name: value for name, value in body.items() if name not in _NO_EFFECT}
+        return {name: value for name, value in body.items() if name not in _UNSUPPORTED and name not in _IGNORED}
 
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
 
-    def input(self, tokenization: Tokenization) -> TextOrTokens:
+    def num_prompt_logprobs(self) -> int | None:
+        """Raises InvalidArgument on a stream, which, as vLLM's, has no place for them."""
+        if self.prompt_logprobs is not None and self.stream:
+            problem = "are not available in a stream"
+            raise InvalidArgument("prompt_logprobs", self.prompt_logprobs, problem, "Set stream to false.")
+        return self.prompt_logprobs
+
+    def inputs(self, tokenization: Tokenization) -> list[TextOrTokens]:
+        """The prompts, at least one."""
         raise NotImplementedError
 
     def limit(self) -> int | None:
         return self.max_tokens
 
-    def command(self, adapter: str | None, tokenization: Tokenization) -> GenerateCommand:
-        """The command; ``adapter`` is what ``model`` names, None for the base model. Raises InvalidArgument."""
+    def commands(self, adapter: str | None, tokenization: Tokenization) -> list[GenerateCommand]:
+        """One for each prompt; ``adapter`` is what ``model`` names, None for the base model. Raises InvalidArgument."""
         if self.stream_options is not None and not self.stream:
             raise InvalidArgument("stream_options", self.stream_options, "needs stream", "Set stream to true, or leave it out.")
         if self.branch is not None and (self.sharing is not None or self.shared_prefix_tokens is not None):
@@ -122,21 +165,22 @@ class GenerationRequest(BaseModel):
             if self.branch is not None
             else StatelessTarget(adapter, self.sharing, self.shared_prefix_tokens, self.sharing_group)
         )
-        return GenerateCommand(
-            target=target,
-            input=self.input(tokenization),
-            sampling=self._sampling(self.shows_special(tokenization)),
-            timeout_s=self.timeout_s,
-            turn_id=self.branch.turn_id if self.branch is not None else "",
-        )
+        sampling = self._sampling(self.shows_special(tokenization))
+        turn_id = self.branch.turn_id if self.branch is not None else ""
+        return [
+            GenerateCommand(target, prompt, sampling, timeout_s=self.timeout_s, turn_id=turn_id)
+            for prompt in self.inputs(tokenization)
+        ]
 
     def shows_special(self, tokenization: Tokenization) -> bool:
         """Whether special tokens are part of the text, for those who read it."""
-        return False
+        return not self.skip_special_tokens
 
     def guide(self) -> Guide | None:
         """What the output must match. Raises InvalidArgument for a malformed field, or more than one."""
-        return read_guide(self.response_format, self.guided_json, self.guided_regex)
+        return read_guide(
+            self.response_format, self.guided_json, self.guided_regex, self.guided_choice, self.structured_outputs
+        )
 
     def _sampling(self, shows_special: bool) -> SamplingChoice:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -156,31 +200,73 @@ class GenerationRequest(BaseModel):
             min_tokens=self.min_tokens,
             guide=self.guide(),
             skip_special_tokens=not shows_special,
+            prompt_logprobs=self.num_prompt_logprobs(),
+            include_stop_str_in_output=self.include_stop_str_in_output,
         )
         return SamplingChoice(params, seed=self.seed, max_tokens=self.limit())
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions. One prompt: text, token ids, or a list that holds one of them."""
+    """POST /v1/completions. A prompt is text or token ids; there may be a list of either.
+
+    ``echo`` puts the prompt before the answer, with its log probabilities where ``logprobs`` asks for some; with it
+    ``max_tokens`` may be 0.
+    """
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether only the prompt is wanted: one token is generated, and not shown."""
+        return self.echo and self.max_tokens == 0
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    def num_prompt_logprobs(self) -> int | None:
+        asked = super().num_prompt_logprobs()
+        if not self.echo or self.logprobs is None:
+            return asked
+        return max(self.logprobs, asked or 0)
+
     def limit(self) -> int | None:
+        if self.is_silent:
+            return 1
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default for this endpoint.
 
-    def input(self, tokenization: Tokenization) -> TextOrTokens:
-        prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise Unsupported(
-                    "prompt", f"{len(prompt)} prompts", "this server takes one prompt a request", "Send them one by one."
-                )
-            prompt = prompt[0]
-        return TextOrTokens(text=prompt) if isinstance(prompt, str) else TextOrTokens(token_ids=prompt)
+    def inputs(self, tokenization: Tokenization) -> list[TextOrTokens]:
+        prompts: Any = self.prompt
+        if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):
+            prompts = [prompts]
+        if len(prompts) > MAX_PROMPTS:
+            raise InvalidArgument("prompt", f"{len(prompts)} prompts", f"are more than {MAX_PROMPTS}", "Send fewer at once.")
+        if self.branch is not None and (len(prompts) > 1 or self.echo):
+            name, value = ("echo", True) if self.echo else ("prompt", f"{len(prompts)} prompts")
+            raise InvalidArgument(name, value, "means nothing on a branch", "Leave branch out, or read the branch's tokens.")
+        return [self._input(prompt, tokenization) for prompt in prompts]
+
+    def _input(self, prompt: Any, tokenization: Tokenization) -> TextOrTokens:
+        if not isinstance(prompt, str):
+            return TextOrTokens(token_ids=prompt)
+        # An echo needs the tokens here; a branch's text has no special ones anyway.
+        if (self.echo or not self.add_special_tokens) and self.branch is None:
+            return TextOrTokens(token_ids=tokenization.encode(prompt, add_special_tokens=self.add_special_tokens))
+        return TextOrTokens(text=prompt)
+
+    def echoed(self, commands: Sequence[GenerateCommand], tokenization: Tokenization, vocab_size: int) -> list[EchoedPrompt]:
+        """The prompts of ``commands`` as they are shown before the answers; none without ``echo``."""
+        if not self.echo:
+            return []
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        echoes = []
+        for command, text in zip(commands, texts, strict=False):
+            tokens = token_array(command.input.token_ids, name="prompt", vocab_size=vocab_size)
+            shown = text if isinstance(text, str) else tokenization.decode(tokens)
+            echoes.append(EchoedPrompt(shown, tuple(tokens.tolist()), self.logprobs))
+        return echoes
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -192,23 +278,29 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: int | None = None
     tools: list[ToolSpec] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    # vLLM's, by the client's extra_body: what the chat template reads besides messages and tools.
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def tool_dialect(self, tokenization: Tokenization) -> Dialect | None:
         """How calls are told from text; None where there are none. Raises Unsupported or InvalidArgument."""
         if self._is_forced():
-            return forced_call(self._tools(), self.tool_choice or "required")[0]
+            return self._forced_call()[0]
         return dialect_of(tokenization.chat_template) if self._tools() else None
 
     def shows_special(self, tokenization: Tokenization) -> bool:
         dialect = self.tool_dialect(tokenization)
-        return dialect is not None and dialect.is_special
+        return super().shows_special(tokenization) or (dialect is not None and dialect.is_special)
 
     def guide(self) -> Guide | None:
         if not self._is_forced():
             return super().guide()
         if super().guide() is not None:
             raise InvalidArgument("tool_choice", self.tool_choice, "and a guide exclude each other", "Send one of both.")
-        return json_guide(forced_call(self._tools(), self.tool_choice or "required")[1])
+        return json_guide(self._forced_call()[1])
+
+    def _forced_call(self) -> tuple[Dialect, dict[str, Any]]:
+        return forced_call(self._tools(), self.tool_choice or "required", is_single=self.parallel_tool_calls is False)
 
     def _is_forced(self) -> bool:
         is_forced = self.tool_choice not in (None, "none", "auto")
@@ -235,11 +327,12 @@ class ChatCompletionRequest(GenerationRequest):
             raise InvalidArgument("max_tokens", self.max_tokens, "differs from max_completion_tokens", "Send one of both.")
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    def input(self, tokenization: Tokenization) -> TextOrTokens:
+    def inputs(self, tokenization: Tokenization) -> list[TextOrTokens]:
         messages = [message.plain() for message in self.messages]
-        return TextOrTokens(
-            token_ids=tokenization.encode_chat(messages, self._tools(), is_continuation=self.branch is not None)
+        tokens = tokenization.encode_chat(
+            messages, self._tools(), is_continuation=self.branch is not None, template_fields=self.chat_template_kwargs
         )
+        return [TextOrTokens(token_ids=tokens)]
 
 
 class TokenizeRequest(BaseModel):

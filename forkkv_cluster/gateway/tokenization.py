@@ -1,8 +1,4 @@
-"""Text to tokens and back: once per request in the gateway, and never half a character out.
-
-Incremental detokenisation follows the scheme of Hugging Face's text-generation-inference: decode a short window of
-earlier tokens with and without the new ones, and send the difference once it ends in a whole character.
-"""
+"""Text to tokens, once per request in the gateway, and back."""
 
 from __future__ import annotations
 
@@ -12,56 +8,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from forkkv_cluster.core.detokenizer import Decoder, IncrementalDetokenizer
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import token_array
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_WINDOW = 8
-"""Tokens of earlier text that a decode sees: enough for every tokenizer whose pieces depend on what stands before."""
 
-
-class Tokenizer(Protocol):
+class Tokenizer(Decoder, Protocol):
     """The part of a Hugging Face tokenizer that is used here."""
 
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ..., **kwargs: Any) -> str: ...
-
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
-
-
-class IncrementalDetokenizer:
-    """Text of a token stream, piece by piece. ``prompt_tail`` are the tokens before it: they are context, not output."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._tokens = [int(token) for token in prompt_tail][-_WINDOW:]
-        self._num_sent = len(self._tokens)
-
-    def push(self, token_id: int) -> str:
-        """Text that the stream gained for certain; empty in the middle of a character."""
-        self._tokens.append(token_id)
-        return self._take(is_end=False)
-
-    def flush(self) -> str:
-        """What is left at the end, half characters as U+FFFD."""
-        return self._take(is_end=True)
-
-    def _take(self, *, is_end: bool) -> str:
-        before = self._decode(self._tokens[: self._num_sent])
-        text = self._decode(self._tokens)
-        if len(text) <= len(before) or (text.endswith(_REPLACEMENT) and not is_end):
-            return ""
-        # The tokens just sent are the context of the next ones; what stood before them is not needed any more.
-        del self._tokens[: self._num_sent]
-        self._num_sent = len(self._tokens)
-        return text[len(before) :]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        skip = self._skip_special_tokens
-        return self._tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
 class Tokenization:
@@ -92,17 +50,25 @@ class Tokenization:
         return str(getattr(self._tokenizer, "chat_template", None) or "")
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, is_continuation: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        is_continuation: bool = False,
+        template_fields: Mapping[str, Any] | None = None,
     ) -> TokenArray:
         """A conversation through the chat template, with the header of the assistant's answer; [n] int32.
 
         ``is_continuation``: it follows other tokens, so a beginning-of-sequence token of the template is left out.
+        ``template_fields`` are more of what the template may read. Raises InvalidArgument or Unsupported.
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise Unsupported("messages", "chat", "this model's tokenizer has no chat template", "Use /v1/completions.")
-        shown = {"tools": list(tools)} if tools else {}
+        fixed: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **({"tools": list(tools)} if tools else {})}
+        if taken := [name for name in template_fields or () if name in (*fixed, "tools", "conversation", "chat_template")]:
+            raise InvalidArgument(f"chat_template_kwargs.{taken[0]}", None, "is set by the server", "Leave it out.")
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **shown)
+            text = self._tokenizer.apply_chat_template(list(messages), **fixed, **(template_fields or {}))
         except Exception as error:  # Templates raise whatever they like: it is the conversation they do not accept.
             problem = f"the chat template refuses it ({error})"
             raise InvalidArgument("messages", messages, problem, "Change roles or order.") from None

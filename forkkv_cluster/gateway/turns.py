@@ -13,6 +13,7 @@ from contextlib import aclosing
 
 from forkkv_cluster.core.clock import Clock
 from forkkv_cluster.core.errors import DeadlineExceeded, Internal, NotFound, Unavailable
+from forkkv_cluster.core.output_text import OutputText
 from forkkv_cluster.core.request import AdapterRef, FinishReason, GenerateRequest, TokenChunk
 from forkkv_cluster.gateway.commands import TurnDelta, TurnEvent, TurnFinished, TurnStarted
 from forkkv_cluster.gateway.request_builder import RequestBuilder
@@ -63,9 +64,10 @@ class TurnRunner:
             try:
                 async with aclosing(self._attempt(attempts.current)) as chunks:
                     async for chunk in chunks:
-                        for delta in output.push(chunk):
-                            first_token = first_token if first_token is not None else self._clock.monotonic()
-                            yield delta
+                        for event in output.push(chunk):
+                            if first_token is None and isinstance(event, TurnDelta):
+                                first_token = self._clock.monotonic()
+                            yield event
                         if output.finish_reason is not None:
                             break
                     else:
@@ -93,7 +95,7 @@ class TurnRunner:
         sampling = request.sampling
         tail = request.tokens[-16:].tolist()
         detokenizer = self._tokenization.detokenizer(tail, skip_special_tokens=sampling.skip_special_tokens)
-        return TurnOutput(detokenizer, sampling.stop)
+        return TurnOutput(OutputText(detokenizer, sampling))
 
     async def _attempt(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """One worker's stream, cut at the deadline: the engine keeps it too, but not while no worker answers."""

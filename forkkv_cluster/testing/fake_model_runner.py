@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import AdapterInfo, ModelInfo, TokenLogprob
+from forkkv_cluster.engine.runner import StepResult
+from forkkv_cluster.engine.scores import TokenScores
 
 
 def mix(*parts: object) -> str:
@@ -44,6 +48,17 @@ def read_value(base: str, residual: str | None) -> str:
 
 def next_token(hidden: str, vocab_size: int) -> int:
     return int(hidden, 16) % vocab_size
+
+
+def fake_logprob(hidden: str, token: int) -> float:
+    """Of ``token`` after the row of this state."""
+    return -float(int(mix("logprob", hidden, token), 16) % 1000)
+
+
+def _scores(logprobs: Sequence[float]) -> TokenScores:
+    """Without alternatives."""
+    ids, values = np.zeros((len(logprobs), 0), dtype=np.int32), np.zeros((len(logprobs), 0), dtype=np.float32)
+    return TokenScores(np.array(logprobs, dtype=np.float32), np.ones(len(logprobs), dtype=np.int32), ids, values)
 
 
 class FakeSample(NamedTuple):
@@ -99,8 +114,11 @@ class FakeModelRunner:
     def check_guide(self, guide: Any) -> None:
         raise Unsupported(guide.kind.value, guide.text, "this fake has no tokenizer", "Use a real engine.")
 
-    def run(self, batch: Any, sampling: Sequence[tuple[Any, int]]) -> list[FakeSample]:
-        """Run the rows one by one, in the order of their positions within each span."""
+    def run(self, batch: Any, sampling: Sequence[tuple[Any, int]]) -> StepResult:
+        """Run the rows one by one, in the order of their positions within each span.
+
+        A scored token's log probability is ``fake_logprob`` of the row before it; its rank is 1, and there are no others.
+        """
         for copy in batch.tail_copies:
             self._copy_tail(copy)
         self.num_rows_run += batch.num_rows
@@ -109,7 +127,10 @@ class FakeModelRunner:
         for span in batch.attention:
             for row in range(span.row_start, span.row_end):
                 hidden[row] = self._run_row(batch, span, row, active)
-        return [FakeSample(next_token(hidden[int(row)], self.info.vocab_size), None) for row in batch.logit_rows]
+        tokens = [FakeSample(next_token(hidden[int(row)], self.info.vocab_size), None) for row in batch.logit_rows]
+        scored = zip(batch.scored_rows, batch.scored_tokens, strict=True)
+        logprobs = [fake_logprob(hidden[int(row)], int(token)) for row, token in scored]
+        return StepResult(tokens, _scores(logprobs))
 
     def _run_row(self, batch: Any, span: Any, row: int, active: dict[int, int]) -> str:
         position = int(batch.positions[row])

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from forkkv_cluster.core.clock import Clock
 from forkkv_cluster.core.errors import ForkKVError
-from forkkv_cluster.core.request import TokenChunk
+from forkkv_cluster.core.request import TokenChunk, joined_prompt_logprobs
 
 
 def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
@@ -20,6 +20,7 @@ def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
         usage=usages[-1] if usages else None,
+        prompt_logprobs=joined_prompt_logprobs([c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None]),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -70,6 +71,21 @@ def test_logprobs_are_probabilities(http: openai.OpenAI) -> None:
     for entry in logprobs.content:
         assert entry.logprob <= 0
         assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob)
+
+
+def test_an_echoed_prompt_has_the_probabilities_of_its_prompt_logprobs(http: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "planner", "prompt": [[5, 6, 7, 8], [9, 10]], "temperature": 0}
+    echoed = http.completions.create(**fields, max_tokens=0, echo=True, logprobs=1)
+    scored = http.completions.create(**fields, max_tokens=1, extra_body={"prompt_logprobs": 1})
+    for one, other in zip(echoed.choices, scored.choices, strict=True):
+        assert one.logprobs is not None
+        assert one.logprobs.token_logprobs is not None
+        first, *rest = other.model_extra["prompt_logprobs"]  # type: ignore[index]
+        assert first is None
+        assert one.logprobs.token_logprobs[0] is None
+        assert one.logprobs.token_logprobs[1:] == pytest.approx([next(iter(entry.values()))["logprob"] for entry in rest])
+    assert echoed.usage is not None
+    assert echoed.usage.completion_tokens == 0
 
 
 def test_stop_and_seed_do_what_they_say(http: openai.OpenAI) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from forkkv_cluster.app import RunningCluster
-from forkkv_cluster.client import AsyncForkKVClient, BranchSpec, Delta, Finished, ForkKVClient, Started
+from forkkv_cluster.client import AsyncForkKVClient, BranchSpec, Delta, Finished, ForkKVClient, PromptLogprobs, Started
 from forkkv_cluster.core.errors import (
     Aborted,
     AlreadyExists,
@@ -46,9 +46,13 @@ def test_agents_with_different_adapters_answer_differently(client: ForkKVClient)
 def test_a_turn_is_told_event_by_event(client: ForkKVClient) -> None:
     with opened(client) as session:
         (branch,) = session.fork([BranchSpec("a", "planner")])
-        events = list(branch.stream("And then?", max_tokens=8, logprobs=2))
+        events = list(branch.stream("And then?", max_tokens=8, logprobs=2, prompt_logprobs=1))
         assert isinstance(events[0], Started)
         assert isinstance(events[-1], Finished)
+        scored = [event for event in events if isinstance(event, PromptLogprobs)]
+        assert events[1 : 1 + len(scored)] == scored
+        assert scored[0].first_position == session.info.num_context_tokens + 1
+        assert scored[-1].first_position + len(scored[-1].tokens) == events[0].num_prompt_tokens
         deltas = [event for event in events if isinstance(event, Delta)]
         assert sum(len(delta.token_ids) for delta in deltas) == 8
         assert all(len(logprob.top) == 2 for delta in deltas for logprob in delta.logprobs)

@@ -9,8 +9,8 @@ import pytest
 from forkkv_cluster.core.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
 from forkkv_cluster.core.request import FinishReason
 from forkkv_cluster.engine.batch import Batch
+from forkkv_cluster.engine.runner import StepResult
 from forkkv_cluster.engine.sampling_row import SamplingRow
-from forkkv_cluster.testing.fake_model_runner import FakeSample
 from tests.engine.harness import FakeEngine
 from tests.engine.recurrence import expected_tokens
 
@@ -246,9 +246,10 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(fake: FakeEngine
     sound = fake.add(fake.request(CONTEXT, [1], "a8", "isolated"))
     run = fake.runner.run
 
-    def overflowing(batch: Batch, sampling: Sequence[SamplingRow]) -> list[FakeSample | None]:
+    def overflowing(batch: Batch, sampling: Sequence[SamplingRow]) -> StepResult:
         slots = [s.adapter_slot for row in batch.logit_rows for s in batch.lora_segments if s.row_start <= row < s.row_end]
-        return [None if slot == 1 else token for slot, token in zip(slots, run(batch, sampling), strict=True)]
+        tokens = run(batch, sampling).tokens
+        return StepResult([None if slot == 1 else token for slot, token in zip(slots, tokens, strict=True)])
 
     fake.runner.run = overflowing  # type: ignore[assignment]
     fake.drain()

@@ -72,13 +72,13 @@ def test_a_resumed_sequence_may_say_what_the_first_one_might(tiny_kit: TinyKit, 
     followed = Guides(tiny_kit.model_dir, info.vocab_size, info.eos_token_ids)
     params = SamplingParams(guide=JSON)
     for position in range(2, len(written) + 1):
-        followed_mask, _ = followed.allowed([SamplingRow(params, position, written, 2, "r")])
-    fresh_mask, failed = fresh.allowed([SamplingRow(params, len(written), written, 2, "r")])
+        followed_mask, _ = followed.masks([SamplingRow(params, position, written, 2, "r")])
+    fresh_mask, failed = fresh.masks([SamplingRow(params, len(written), written, 2, "r")])
     assert failed == []
     assert fresh_mask is not None
     assert followed_mask is not None
-    assert fresh_mask.tolist() == followed_mask.tolist()
-    words = {tokenizer.decode([token]) for token in fresh_mask[0].nonzero().flatten().tolist()}
+    assert fresh_mask.allowed.tolist() == followed_mask.allowed.tolist()
+    words = {tokenizer.decode([token]) for token in fresh_mask.allowed[0].nonzero().flatten().tolist()}
     assert words
     assert all("ue, ".startswith(word) for word in words)
 
@@ -98,4 +98,4 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(engine: TinyEngine, 
 
 
 def test_rows_without_guides_cost_no_mask(tiny_kit: TinyKit) -> None:
-    assert Guides(tiny_kit.model_dir, 300, [1]).allowed([SamplingRow(SamplingParams(), 0)]) == (None, [])
+    assert Guides(tiny_kit.model_dir, 300, [1]).masks([SamplingRow(SamplingParams(), 0)]) == (None, [])

@@ -189,3 +189,25 @@ def test_adapters_are_loaded_and_unloaded_by_name(llm: LLM, tiny_kit: TinyKit):
         llm.generate([[5]], adapter="coder")
     llm.load_adapter("coder", tiny_kit.adapter_dirs["coder"])
     assert len(llm.generate([[5]], adapter="coder", max_tokens=2)[0].token_ids) == 2
+
+
+@pytest.mark.parametrize(("is_included", "ending"), [(False, ""), (True, "STOP")])
+def test_a_stop_string_ends_the_text_before_or_after_it(llm: LLM, is_included: bool, ending: str):
+    (free,) = llm.generate([[5, 6, 7]], max_tokens=24)
+    stop = free.text[len(free.text) // 2 :][:3]
+    (cut,) = llm.generate([[5, 6, 7]], max_tokens=24, stop=(stop,), include_stop_str_in_output=is_included)
+    assert cut.finish_reason is FinishReason.STOP
+    assert cut.text == free.text[: free.text.index(stop)] + ending.replace("STOP", stop)
+    assert free.token_ids[: len(cut.token_ids)] == cut.token_ids
+
+
+def test_prompt_logprobs_have_an_entry_for_every_token_of_the_prompt(llm: LLM):
+    (whole,) = llm.generate([CONTEXT], "planner", max_tokens=1, prompt_logprobs=1)
+    assert whole.prompt_logprobs is not None
+    assert whole.prompt_logprobs[0] is None
+    assert [entry.token_id for entry in whole.prompt_logprobs[1:] if entry is not None] == CONTEXT[1:]
+    branch = llm.context(CONTEXT, ADAPTERS).fork("a", "planner")
+    turn = branch.generate([11, 12, 13], max_tokens=1, prompt_logprobs=0)
+    assert turn.prompt_logprobs is not None
+    assert [entry is None for entry in turn.prompt_logprobs] == [True] * (len(CONTEXT) + 1) + [False, False]
+    assert llm.generate([CONTEXT], max_tokens=1)[0].prompt_logprobs is None

@@ -111,11 +111,11 @@ def test_a_token_of_probability_zero_is_never_drawn(seed: int, position: int) ->
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**31))
 def test_uniform_numbers_lie_in_the_unit_interval(seed: int, position: int) -> None:
-    assert 0.0 <= uniform(seed, 0, position) < 1.0
+    assert 0.0 <= uniform([seed], [0], [position])[0] < 1.0
 
 
 def test_uniform_numbers_of_neighbours_are_uncorrelated() -> None:
-    values = np.array([[uniform(seed, 0, position) for position in range(200)] for seed in range(50)])
+    values = np.array([uniform([seed] * 200, [0] * 200, range(200)) for seed in range(50)])
     assert abs(values.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(values[:, :-1].ravel(), values[:, 1:].ravel())[0, 1]) < 0.03
     assert abs(np.corrcoef(values[:-1].ravel(), values[1:].ravel())[0, 1]) < 0.03
@@ -123,7 +123,7 @@ def test_uniform_numbers_of_neighbours_are_uncorrelated() -> None:
 
 def test_the_uniform_number_of_a_key_never_changes() -> None:
     """Pinned: another value would break the resumption of streams between versions."""
-    assert uniform(7, 0, 3) == 0.9853481694572552
+    assert uniform([7], [0], [3])[0] == 0.9853481694572552
 
 
 def test_logprobs_are_those_of_the_unmodified_softmax() -> None:
@@ -149,3 +149,71 @@ def test_logprobs_are_given_to_those_who_ask() -> None:
 def test_logits_that_are_not_numbers_are_an_error_of_ours() -> None:
     with pytest.raises(Internal, match="NaN"):
         sample(torch.full((1, 4), float("nan")), [SamplingRow(SamplingParams(), 0)])
+
+
+def filtered_by_hand(logits: np.ndarray, params: SamplingParams) -> set[int]:
+    """What min-p, top-k and top-p leave, by sorting the whole vocabulary: most likely first, equals by id."""
+    scaled = logits.astype(np.float64) / params.temperature
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    kept = [i for i in np.lexsort((np.arange(len(probs)), -logits)) if probs[i] >= params.min_p * probs.max() * (1 - 1e-7)]
+    kept = kept[: params.top_k or len(kept)]
+    total, before, result = sum(probs[kept]), 0.0, set()
+    for i in kept:
+        if params.top_p < 1.0 and before >= params.top_p * total:
+            break
+        result.add(int(i))
+        before += probs[i]
+    return result
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 1},
+        {"top_k": 40},
+        {"top_k": 64},
+        {"top_k": 100},
+        {"top_p": 0.5},
+        {"top_p": 0.97, "temperature": 3.0},
+        {"min_p": 0.3, "temperature": 2.0},
+        {"min_p": 0.01, "temperature": 8.0},
+        {"top_k": 90, "top_p": 0.8, "min_p": 0.05, "temperature": 2.0},
+    ],
+)
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_filters_keep_what_a_sort_of_the_whole_vocabulary_keeps(params: dict[str, float], has_ties: bool) -> None:
+    """More tokens than the candidates that are put in order at first, so that every stage is needed by some case."""
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(3)) * 2
+    if has_ties:
+        logits = logits.round()
+    sampling = SamplingParams(**{"temperature": 1.0, "seed": 11, **params})  # type: ignore[arg-type]
+    drawn = set(draws(logits[0], sampling, 600).tolist())
+    kept = filtered_by_hand(logits[0].numpy(), sampling)
+    assert drawn <= kept
+    if len(kept) < 100:  # few enough for all the likelier ones to come up
+        likely = torch.softmax(logits[0] / sampling.temperature, -1)[sorted(kept)]
+        assert len(drawn) >= int((likely / likely.sum() > 0.02).sum())
+
+
+def test_a_filtered_row_draws_the_same_beside_rows_that_need_the_whole_vocabulary() -> None:
+    logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(4))
+    params = [
+        SamplingParams(temperature=1.0, seed=1, top_p=0.999),
+        SamplingParams(temperature=0.1, seed=2, top_p=0.9),
+        SamplingParams(temperature=1.0, seed=3, top_k=50),
+    ]
+    rows = [SamplingRow(p, 9) for p in params]
+    assert ids(sample(logits, rows)) == [ids(sample(logits[i : i + 1], rows[i : i + 1]))[0] for i in range(3)]
+
+
+def test_large_vocabularies_are_drawn_from_by_their_probabilities() -> None:
+    """Over many blocks of the CDF, the last one cut short; compared by sums over slices of the vocabulary."""
+    row = torch.randn(1000, generator=torch.Generator().manual_seed(5)) * 2
+    counts = np.bincount(draws(row, HOT, 20_000), minlength=1000).reshape(20, 50).sum(-1) / 20_000
+    assert np.abs(counts - row.softmax(-1).reshape(20, 50).sum(-1).numpy()).max() < 0.015
+
+
+def test_the_coldest_temperature_is_greedy() -> None:
+    params = SamplingParams(temperature=1e-300, seed=1)
+    assert (draws(LOGITS[0] * 1e4, params, 20) == int(LOGITS[0].argmax())).all()

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from forkkv_cluster.core.clock import Clock
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.core.errors import ForkKVError, NotFound
@@ -18,6 +20,7 @@ from forkkv_cluster.core.request import (
     GenerateRequest,
     ModelInfo,
     PrefixUsage,
+    PromptLogprobs,
     TokenChunk,
     TokenLogprob,
 )
@@ -51,12 +54,33 @@ class ByteTokenizer:
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> str:
         if conversation[0]["role"] == "tool":
             raise ValueError("a conversation cannot start with a tool")
-        return "<bos>" + "".join(f"<{message['role']}>{message['content']}" for message in conversation) + "<assistant>"
+        shown = "".join(f"<{message['role']}>{message['content']}" for message in conversation)
+        return f"<bos>{kwargs.get('mood', '')}{shown}<assistant>"
 
 
 def adapter_info(name: str, version: str = "") -> AdapterInfo:
     digest = AdapterDigest((name + version).encode().hex().ljust(32, "0")[:32])
     return AdapterInfo(name, digest, f"/adapters/{name}{version}", 8, ("k_proj", "v_proj"), 16)
+
+
+def prompt_parts(request: GenerateRequest) -> list[PromptLogprobs]:
+    """The prompt's scores in two parts: position p has logprob -p and rank 2, and the byte "z" is always likeliest."""
+    num_top = request.sampling.prompt_logprobs
+    if num_top is None or request.num_resumed:
+        return []
+    positions = np.arange(request.context_len + 1, request.num_prompt_tokens)
+    top_ids = np.tile(np.array([ord("z"), 7], np.int32), (len(positions), 1))[:, :num_top]
+    top = np.tile(np.array([-0.25, -3.0], np.float32), (len(positions), 1))[:, :num_top]
+    whole = PromptLogprobs(
+        request.context_len + 1,
+        request.tokens[positions],
+        -positions.astype(np.float32),
+        np.full(len(positions), 2, np.int32),
+        top_ids,
+        top,
+    )
+    middle = whole.first + len(positions) // 2
+    return [whole.between(whole.first, middle), whole.between(middle, whole.end)] if len(positions) > 1 else [whole]
 
 
 @dataclass
@@ -91,6 +115,8 @@ class FakePool:
         try:
             index = request.num_resumed
             usage = PrefixUsage(3, 2, 2, request.num_prompt_tokens - 2)
+            for part in prompt_parts(request):
+                yield TokenChunk(request.request_id, prompt_logprobs=part)
             while True:
                 if self.gate is not None:
                     await self.gate.wait()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from forkkv_cluster.api.v1 import common_pb2, sessions_pb2
 from forkkv_cluster.client import messages
-from forkkv_cluster.client.results import Delta, Finished, Started
+from forkkv_cluster.client.results import Delta, Finished, GenerationBuilder, PromptLogprobs, Started
+from forkkv_cluster.core import request as core_request
 from forkkv_cluster.core.errors import InvalidArgument, NotFound
 from forkkv_cluster.core.request import FinishReason, Guide, GuideKind, PrefixUsage, Priority, Sharing, TokenLogprob
 from forkkv_cluster.core.session import BranchSpec, JoinWhat
@@ -21,7 +23,14 @@ from forkkv_cluster.core.status import (
     WorkerStatus,
 )
 from forkkv_cluster.gateway import codec
-from forkkv_cluster.gateway.commands import BranchTarget, StatelessTarget, TurnDelta, TurnFinished, TurnStarted
+from forkkv_cluster.gateway.commands import (
+    BranchTarget,
+    StatelessTarget,
+    TurnDelta,
+    TurnFinished,
+    TurnPromptLogprobs,
+    TurnStarted,
+)
 from tests.gateway.fakes import MODEL, adapter_info
 
 
@@ -47,6 +56,9 @@ def test_a_turn_arrives_as_the_client_sent_it() -> None:
             "repetition_penalty": 1.1,
             "logit_bias": {9: -0.2, 5: 1.0},
             "min_tokens": 3,
+            "prompt_logprobs": 0,
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
             "timeout_s": 2.5,
             "turn_id": "t",
             "num_received_tokens": 4,
@@ -59,6 +71,7 @@ def test_a_turn_arrives_as_the_client_sent_it() -> None:
     params = command.sampling.params
     assert (params.temperature, params.top_k, params.top_p, params.logprobs) == (0.7, 3, 0.9, 0)
     assert (params.stop, params.stop_token_ids, params.ignore_eos) == (("x",), (9,), True)
+    assert (params.prompt_logprobs, params.include_stop_str_in_output, params.skip_special_tokens) == (0, True, False)
     assert (params.min_p, params.presence_penalty, params.frequency_penalty) == (0.1, 0.3, -0.7)
     assert (params.repetition_penalty, params.logit_bias, params.min_tokens) == (1.1, ((5, 1.0), (9, -0.2)), 3)
     assert (command.sampling.seed, command.sampling.max_tokens) == (0, 5)
@@ -165,3 +178,20 @@ def test_an_error_carries_its_attributes() -> None:
         "NOT_FOUND",
         {"kind": "session", "name": "s", "remedy": "Create one."},
     )
+
+
+def test_prompt_logprobs_arrive_as_they_were_sent_and_fill_the_prompt() -> None:
+    part = core_request.PromptLogprobs(
+        2,
+        np.array([7, 8], np.int32),
+        np.array([-0.5, -1.5], np.float32),
+        np.array([1, 3], np.int32),
+        np.array([[7], [9]], np.int32),
+        np.array([[-0.5], [-0.25]], np.float32),
+    )
+    event = messages.read_event(codec.write_event(TurnPromptLogprobs(part)))
+    assert event == PromptLogprobs(2, (TokenLogprob(7, -0.5, ((7, -0.5),), 1), TokenLogprob(8, -1.5, ((9, -0.25),), 3)))
+    builder = GenerationBuilder()
+    for one in (Started("r", 4, 0, 1), event, Delta((1,), "x"), Finished(None, 4, 1, PrefixUsage(), (), 0, 0.0, 0.0)):
+        builder.add(one)
+    assert builder.build().prompt_logprobs == (None, None, *event.tokens)

@@ -124,7 +124,7 @@ class SessionServiceServicer:
 
     def Generate(self, request, context):
         """Generates tokens: a turn on a branch, or a request that belongs to no session. The stream holds one `started`, any
-        number of `delta` and one `finished`; a failure ends it with one `error` and the matching status.
+        number of `prompt_logprobs`, then of `delta`, and one `finished`; a failure ends it with one `error` and the matching status.
         ABORTED: the branch runs a turn already. A cancelled or expired turn leaves the branch as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -67,20 +67,24 @@ class Decoder:
         return tuple(layer.k_norm for layer in self._weights.layers if layer.k_norm is not None)
 
     def forward(self, step: StepInputs, attention: PagedAttention, kv: KVBuffers, adapters: AdapterSlots) -> Tensor:
-        """Run all rows, write their KV, return logits [R, V] fp32 of ``step.logit_rows``."""
+        """Run all rows, write their KV, return the last hidden states [R + n, H] of ``step.output_rows``."""
         hidden = self._weights.embed[step.token_ids]
         eps = self.config.rms_norm_eps
         for index, weights in enumerate(self._weights.layers):
             lora = [adapters[segment.adapter_slot].layers[index] for segment in step.lora]
             x = rms_norm(hidden, weights.input_norm, eps)
             q = self._project_and_store(index, x, step, lora, kv, adapters)
-            if index == self.config.num_layers - 1 and len(step.logit_rows) == 0:
+            if index == self.config.num_layers - 1 and len(step.output_rows) == 0:
                 break  # A pass for its KV alone: nobody reads what the last layer would compute.
             attended = attention.run(index, q).flatten(1)
             hidden = hidden + _linear(attended, weights.o, step, [layer.o for layer in lora])
             x = rms_norm(hidden, weights.post_norm, eps)
             hidden = hidden + _mlp(x, weights, step, lora)
-        final = rms_norm(hidden[step.logit_rows], self._weights.norm, eps)
+        return hidden[step.output_rows]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H], as ``forward`` returns it -> logits [n, V] fp32."""
+        final = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
         return self._weights.lm_head(final).float()
 
     def _project_and_store(

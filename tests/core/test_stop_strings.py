@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forkkv_cluster.gateway.stop_strings import StopStringMatcher
+from forkkv_cluster.core.stop_strings import StopStringMatcher
 
 
 def run(pieces: list[str], stop: tuple[str, ...]) -> tuple[str, str | None]:
