@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.request import Guide, SamplingParams, Sharing
@@ -163,8 +163,15 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. One prompt: text, token ids, or a list that holds one of them."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[Any]
     logprobs: int | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _text_or_list(cls, value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise InvalidArgument("prompt", value, "is neither text nor a list of token ids", "Send one of both.")
+        return value
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
@@ -174,7 +181,7 @@ class CompletionRequest(GenerationRequest):
 
     def input(self, tokenization: Tokenization) -> TextOrTokens:
         prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             if len(prompt) > 1:
                 raise Unsupported(
                     "prompt", f"{len(prompt)} prompts", "this server takes one prompt a request", "Send them one by one."
