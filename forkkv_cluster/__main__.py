@@ -50,14 +50,16 @@ def serve(
     ] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a PEFT adapter; repeat for more.")] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration file; `forkkv config` prints one to start from.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    http_port: Annotated[int | None, typer.Option(help="OpenAI-compatible HTTP; 0 takes a free port. [default: 8000]")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="gRPC; 0 takes a free port. [default: 9000]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of workers. [default: 2]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")] = None,
+    host: Annotated[str | None, typer.Option(help=r"Address to listen on. \[default: 127.0.0.1]")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help=r"OpenAI-compatible HTTP; 0 takes a free port. \[default: 8000]")
+    ] = None,
+    grpc_port: Annotated[int | None, typer.Option(help=r"gRPC; 0 takes a free port. \[default: 9000]")] = None,
+    workers: Annotated[int | None, typer.Option(help=r"Number of workers. \[default: 2]")] = None,
+    device: Annotated[str | None, typer.Option(help=r"auto, cpu or cuda. \[default: auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16. \[default: auto]")] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="KV memory of each worker, for example 512MiB.")] = None,
-    sharing: Annotated[Sharing | None, typer.Option(help="Sharing of sessions that name none. [default: eager]")] = None,
+    sharing: Annotated[Sharing | None, typer.Option(help=r"Sharing of sessions that name none. \[default: eager]")] = None,
     session_store: Annotated[str | None, typer.Option(help="memory:, sqlite:PATH or redis://HOST:PORT/DB.")] = None,
 ) -> None:
     """Start a cluster on this host and serve until Ctrl-C.

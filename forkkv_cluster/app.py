@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
@@ -178,6 +179,12 @@ def start_cluster(config: ClusterConfig, *, log_level: str = "WARNING") -> Runni
         reason = _why_not_up(config.server.app_name, error)
         cluster.stop()
         raise Unavailable(f"the cluster did not come up: {reason}") from None
+    except (RayError, TimeoutError) as error:
+        cluster.stop()
+        raise Unavailable(
+            f"the cluster did not come up: Ray Serve's proxies did not start ({type(error).__name__}). If the machine is busy, "
+            "try again; else see the logs under /tmp/ray."
+        ) from None
     except BaseException:
         cluster.stop()
         raise
@@ -193,6 +200,8 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
 def _start_ray(config: ClusterConfig) -> None:
     needed = config.worker.num_replicas * config.worker.num_cpus + config.gateway.num_replicas * config.gateway.num_cpus
     options: dict[str, Any] = {"num_gpus": 0} if config.worker.num_gpus == 0 else {}
+    # Serve ends a proxy that is not up after three of these; with its default, 5 s, a busy machine starts none.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "20")
     # Ray's own notices would drown the banner; errors of replicas come back through serve.run.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from forkkv_cluster.bench.cache_bench import measure
 from forkkv_cluster.bench.grpc_target import GrpcTarget
-from forkkv_cluster.bench.measurement import measurement_table, write_json
+from forkkv_cluster.bench.measurement import check_can_write, measurement_table, write_json
 from forkkv_cluster.bench.offline import OfflineTarget
 from forkkv_cluster.bench.report_table import report_tables
 from forkkv_cluster.bench.runner import RunResult, run_trace
@@ -47,7 +47,7 @@ def trace(
         WriterMode | None, typer.Option(help="Who writes shared KV: the base model (canonical) or the first agent.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    kv_bytes: Annotated[str | None, typer.Option(help="KV memory, for example 1GiB. [default: 256MiB]")] = None,
+    kv_bytes: Annotated[str | None, typer.Option(help=r"KV memory, for example 1GiB. \[default: 256MiB]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampler; decoding is greedy.", min=0)] = 0,
     token: Annotated[str | None, typer.Option(help="Bearer token of a cluster that asks for one.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
@@ -58,6 +58,8 @@ def trace(
     Against a cluster, --model, --dtype, --kv-bytes and --writer are the cluster's own and are refused.
     """
     try:
+        check_can_write("--json", json_path)
+        check_can_write("--outputs", outputs)
         parsed = load_trace(trace_file)
         engine_options = {"model": model, "dtype": dtype, "kv_bytes": kv_bytes, "writer": writer}
         adapters = parse_adapters(adapter or [])
@@ -68,8 +70,7 @@ def trace(
         else:
             result = _run(parsed, make_grpc(target, engine_options, adapters, sharing, seed, token), sharing, seed)
     except ForkKVError as error:
-        console.print(f"[bold red]error[/] {error.message}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
+        _fail(error)
     _write(result, json_path, outputs)
     for table in report_tables(result.report):
         Console().print(table)
@@ -82,6 +83,10 @@ def cache(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")] = None,
 ) -> None:
     """Time the tree, the allocator and the scheduler, and count the bytes that sharing costs. Needs no model."""
+    try:
+        check_can_write("--json", json_path)
+    except ForkKVError as error:
+        _fail(error)
     measurements = measure(repeats, leaves)
     if json_path is not None:
         write_json(json_path, measurements, repeats=repeats)
@@ -104,13 +109,19 @@ def offline(
     from forkkv_cluster.bench.offline_kit import run_offline  # Here: it needs torch, which the other verbs do without.
 
     try:
+        check_can_write("--json", json_path)
         measurements = run_offline(kit, repeats, peer_python, lambda name: console.print(name, style="dim", highlight=False))
     except ForkKVError as error:
-        console.print(f"[bold red]error[/] {error.message}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
+        _fail(error)
     if json_path is not None:
         write_json(json_path, measurements, repeats=repeats)
     Console().print(measurement_table("offline: medians", measurements))
+
+
+def _fail(error: ForkKVError) -> NoReturn:
+    console.print("[bold red]error[/] ", end="")
+    console.print(error.message, markup=False, highlight=False)
+    raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
 
 
 def parse_adapters(values: list[str]) -> dict[str, str]:

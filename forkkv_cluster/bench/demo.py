@@ -25,9 +25,10 @@ from forkkv_cluster.bench.demo_view import (
     savings_line,
     streams_side_by_side,
 )
+from forkkv_cluster.bench.measurement import check_can_write
 from forkkv_cluster.client import AsyncForkKVClient, Sharing
 from forkkv_cluster.core.config import ClusterConfig, parse_config
-from forkkv_cluster.core.errors import ForkKVError
+from forkkv_cluster.core.errors import ForkKVError, InvalidArgument
 
 
 class StartedCluster(Protocol):
@@ -70,10 +71,11 @@ def make_demo(start_cluster: StartCluster) -> Callable[..., None]:
         """
         console = make_console()
         try:
+            check_can_write("--json", json_path)
             checks = _run_demo(console, start_cluster, kill_worker, max_tokens, json_path)
         except ForkKVError as error:
             Console(stderr=True).print(f"error {error.code}: {error.message}", markup=False, highlight=False)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
         if not all(check.holds for check in checks):
             raise typer.Exit(1)
 

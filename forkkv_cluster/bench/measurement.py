@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from forkkv_cluster.bench.environment import commit, host_info
+from forkkv_cluster.core.errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,13 @@ def _target(entry: Measurement) -> str:
     if entry.at_most is not None:
         return f"<= {entry.at_most:g} {entry.unit}".strip()
     return f">= {entry.at_least:g} {entry.unit}".strip() if entry.at_least is not None else ""
+
+
+def check_can_write(option: str, path: Path | None) -> None:
+    """Raises InvalidArgument that names ``option`` for a file that could not be written: before a run of minutes, not after."""
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        problem = "is a directory" if path.is_dir() else "cannot be written"
+        raise InvalidArgument(option, str(path), problem, "Name a file in a directory that exists and is writable.")
 
 
 def write_json(path: Path, measurements: Sequence[Measurement], **facts: Any) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from forkkv_cluster.cli.common import DEFAULT_ADDRESS, Address, Token, errors_for_people
 from forkkv_cluster.client import BranchSpec, Delta, Event, Finished, ForkKVClient
 from forkkv_cluster.client.messages import GenerateOptions
+from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.request import Sharing
 
 
@@ -34,12 +35,21 @@ def generate(
         options["seed"] = seed
     with errors_for_people(), ForkKVClient(address, token=token) as client:
         if document is None:
+            if sharing is not None:
+                raise InvalidArgument("--sharing", str(sharing), "is of a session", "Name a --document, or leave it out.")
             _print(client.stream(prompt, adapter=adapter, **options))
             return
         adapters = [adapter] if adapter else []
-        with client.create_session(document.read_text(), adapters=adapters, sharing=sharing) as session:
+        with client.create_session(_text_of(document), adapters=adapters, sharing=sharing) as session:
             (branch,) = session.fork([BranchSpec("cli", adapter)])
             _print(branch.stream(prompt, **options))
+
+
+def _text_of(document: Path) -> str:
+    try:
+        return document.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument("--document", str(document), f"cannot be read as text ({error})", "Name a text file.") from None
 
 
 def _print(events: Iterator[Event]) -> None:

@@ -42,13 +42,13 @@ def _headline(found: Status) -> str:
 
 def worker_table(found: Status) -> Table:
     """One row a worker; prefill, hits (useful) and output are tokens since it started."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # The box itself parts the columns: 80 characters are few.
     for name in ("worker", "pid", "run/wait", "base KV", "residual", "prefill", "hits", "output"):
         table.add_column(name, no_wrap=True)
     for worker in found.cluster.workers:
         engine, counters = worker.engine, worker.engine.counters
         table.add_row(
-            worker.worker_id,
+            worker.worker_id.removeprefix("worker-"),
             str(worker.pid),
             f"{engine.num_running}/{engine.num_waiting}",
             size(engine.base_bytes_held),

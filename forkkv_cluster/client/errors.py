@@ -24,4 +24,6 @@ def from_rpc_error(error: grpc.RpcError) -> ForkKVError:
 
 def _from_status(code: grpc.StatusCode, details: str | None) -> ForkKVError:
     attributes = {"retry_after_s": "1"} if code is grpc.StatusCode.RESOURCE_EXHAUSTED else {}
-    return error_from(code.name, f"{details or 'no details'} ({code.name})", attributes)
+    # Nobody of ours answered: the usual reasons are a cluster that is not there, and the HTTP port.
+    remedy = " Check that the cluster runs and that this is its gRPC port." if code is grpc.StatusCode.UNAVAILABLE else ""
+    return error_from(code.name, f"{details or 'no details'} ({code.name}).{remedy}", attributes)

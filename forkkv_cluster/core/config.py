@@ -229,7 +229,8 @@ def parse_config(raw: object) -> ClusterConfig:
             if first["type"] == "extra_forbidden"
             else ("See `forkkv config` for what is accepted.")
         )
-        problem = "is not a known key" if first["type"] == "extra_forbidden" else str(first["msg"]).rstrip(".")
+        told = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+        problem = "is not a known key" if first["type"] == "extra_forbidden" else told
         raise InvalidArgument(path, _shown(first["loc"], first.get("input")), problem, remedy) from None
 
 
@@ -254,6 +255,8 @@ def load_config(path: str | Path) -> ClusterConfig:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise InvalidArgument("config", str(path), f"cannot be read ({error.strerror})", "Name an existing file.") from None
+    except UnicodeDecodeError:
+        raise InvalidArgument("config", str(path), "is not UTF-8 text", "Name a YAML file.") from None
     except yaml.YAMLError as error:
         raise InvalidArgument("config", str(path), f"is not YAML ({error})", "Mend the file.") from None
     return parse_config(raw)

@@ -167,6 +167,11 @@ class Internal(ForkKVError):
     http_status = 500
 
 
+def unexpected(error: Exception) -> Internal:
+    """What a client is told of an exception that nobody meant to raise; log its traceback where it was caught."""
+    return Internal(f"{type(error).__name__}: {error}. This is a bug of the server; its log says more.")
+
+
 def error_from(code: str, message: str, attributes: dict[str, Any]) -> ForkKVError:
     """The error again from what a wire carried of it: its status name, message and attributes. Unknown codes: Internal."""
     return _rebuild(_BY_CODE.get(code, Internal), message, attributes)

@@ -51,6 +51,9 @@ class AdapterRef:
     invocation_tokens: tuple[int, ...] = ()
 
 
+MAX_STOP_TOKENS = 128
+
+
 class GuideKind(enum.StrEnum):
     """How a guide is written."""
 
@@ -76,7 +79,7 @@ class SamplingParams:
     seed             sampling is a function of (seed, choice index, absolute position) and nothing else
     max_tokens       tokens to generate at most, at least 1
     stop             strings that end the output, looked for in its text from min_tokens on
-    stop_token_ids   tokens that end the output, kept in the token stream but not in the text
+    stop_token_ids   at most 128 tokens that end the output, kept in the token stream but not in the text
     include_stop_str_in_output  leave the stop string, or the token that ended the output, in the text
     ignore_eos       do not stop at the model's end-of-sequence tokens
     logprobs         None: none; n: the chosen token's and the n most likely tokens' log probabilities (0 to 20)
@@ -85,7 +88,8 @@ class SamplingParams:
     min_p            drop tokens less likely than min_p times the most likely one; 0 keeps all
     presence_penalty    taken off the logit of each token generated so far (-2 to 2)
     frequency_penalty   the same, times how often the token was generated (-2 to 2)
-    repetition_penalty  divides positive and multiplies negative logits of tokens in the prompt or the output; 1 is none
+    repetition_penalty  divides positive and multiplies negative logits of tokens in the prompt or the output (0.01 to 100);
+                     1 is none
     logit_bias       (token id, number from -100 to 100) pairs added to logits
     min_tokens       no end-of-sequence and no stop token before so many were generated
     guide            only tokens that keep the output within this schema or expression; then the end of the sequence
@@ -121,13 +125,14 @@ class SamplingParams:
         """Raise InvalidArgument for the first field that no request may have; ``vocab_size`` bounds token ids."""
         checks: tuple[tuple[bool, str, object, str, str], ...] = (
             (
-                0.0 <= self.temperature <= 100.0,
+                # Below 1e-20 a logit over the temperature is no number any more.
+                self.temperature == 0.0 or 1e-20 <= self.temperature <= 100.0,
                 "temperature",
                 self.temperature,
-                "must be a number from 0 to 100",
+                "must be 0, or a number from 1e-20 to 100",
                 "Send 0 for greedy decoding.",
             ),
-            (self.top_k >= 0, "top_k", self.top_k, "must not be negative", "Send 0 to keep all tokens."),
+            (0 <= self.top_k < 2**31, "top_k", self.top_k, "must be from 0 to 2^31-1", "Send 0 to keep all tokens."),
             (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "must be above 0 and at most 1", "Send 1 to keep all tokens."),
             (self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1", "Ask for one token or more."),
             (
@@ -147,8 +152,11 @@ class SamplingParams:
             (0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63-1", "Send a non-negative 63-bit integer."),
             (all(self.stop), "stop", self.stop, "holds an empty string", "Remove it."),
             (0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "must be from 0 to 1", "Send 0 to keep all tokens."),
-            (0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty,
-             "must be above 0 and at most 100", "Send 1 for no penalty."),
+            (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty,
+             "must be from 0.01 to 100", "Send 1 for no penalty."),
+            # min_tokens forbids them all: some token must be left.
+            (len(self.stop_token_ids) <= MAX_STOP_TOKENS, "stop_token_ids", self.stop_token_ids,
+             f"are {len(self.stop_token_ids)} tokens", f"Send at most {MAX_STOP_TOKENS}."),
             (0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens,
              f"must be from 0 to max_tokens, {self.max_tokens}", "Lower it, or raise max_tokens."),
             (self.choice >= 0, "choice", self.choice, "must not be negative", "Number choices from 0."),
@@ -164,7 +172,14 @@ class SamplingParams:
                 "Leave one of both out.",
             )
         self._validate_penalties()
-        self._validate_bias(vocab_size)
+        limit = vocab_size if vocab_size is not None else 2**31
+        self._validate_stop_tokens(limit)
+        self._validate_bias(limit)
+
+    def _validate_stop_tokens(self, limit: int) -> None:
+        for position, token_id in enumerate(self.stop_token_ids):
+            if not 0 <= token_id < limit:
+                raise InvalidArgument(f"stop_token_ids[{position}]", token_id, f"is not in [0, {limit})", "Remove it.")
 
     def _validate_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -172,8 +187,7 @@ class SamplingParams:
             if not -2.0 <= value <= 2.0:
                 raise InvalidArgument(name, value, "must be from -2 to 2", "Send 0 for no penalty.")
 
-    def _validate_bias(self, vocab_size: int | None) -> None:
-        limit = vocab_size if vocab_size is not None else 2**31
+    def _validate_bias(self, limit: int) -> None:
         for token_id, bias in self.logit_bias:
             if not 0 <= token_id < limit:
                 raise InvalidArgument(f"logit_bias[{token_id}]", bias, f"names no token in [0, {limit})", "Remove it.")

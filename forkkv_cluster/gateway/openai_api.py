@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from forkkv_cluster.core.errors import ForkKVError, Internal, InvalidArgument
+from forkkv_cluster.core.errors import ForkKVError, Internal, InvalidArgument, unexpected
 from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.request import token_array
 from forkkv_cluster.gateway.branch_turns import draw_seed
@@ -47,6 +48,8 @@ from forkkv_cluster.gateway.service import GatewayService
 from forkkv_cluster.gateway.tool_format import ToolChatFormat
 from forkkv_cluster.observability.metrics import render
 
+logger = logging.getLogger(__name__)
+
 router = APIRouter()
 
 
@@ -55,6 +58,7 @@ def build_http_app(get_service: Callable[[], GatewayService]) -> FastAPI:
     app = FastAPI(title="ForkKV Cluster", docs_url=None, redoc_url=None)
     app.state.get_service = get_service
     app.add_exception_handler(ForkKVError, _on_error)
+    app.add_exception_handler(Exception, _on_error)  # Starlette raises it again, for the server's log.
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.include_router(router)
     return app
@@ -244,8 +248,10 @@ async def _server_sent_events(
                     yield _data(body)
                 if isinstance(event, TurnFinished):
                     ends[index] = event
-    except ForkKVError as error:
-        yield _data(error_body(error))
+    except Exception as error:
+        if not isinstance(error, ForkKVError):
+            logger.exception("unexpected error in a stream")
+        yield _data(error_body(_failure(error)))
         return
     if usage_of is not None:
         yield _data(form.usage_chunk(whole_usage([ends[index] for index in sorted(ends)], usage_of)))
@@ -276,14 +282,37 @@ def _data(body: dict[str, Any]) -> str:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    failure = error if isinstance(error, ForkKVError) else Internal(str(error))
+    failure = _failure(error)
     return JSONResponse(error_body(failure), status_code=failure.http_status, headers=error_headers(failure))
+
+
+def _failure(error: Exception) -> ForkKVError:
+    return error if isinstance(error, ForkKVError) else unexpected(error)
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
     """Pydantic's complaints in OpenAI's words: the first bad field, by name."""
-    first: dict[str, Any] = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": str(error)}
-    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    problem = "is not a known field" if first.get("type") == "extra_forbidden" else str(first["msg"]).rstrip(".")
-    remedy = "Leave it out." if first.get("type") == "extra_forbidden" else "Mend it."
+    assert isinstance(error, RequestValidationError)  # The handler of nothing else.
+    first: dict[str, Any] = error.errors()[0]
+    kind, loc = first["type"], [part for part in first["loc"] if part != "body"]
+    if kind == "json_invalid":
+        problem = f"is not JSON ({first['ctx']['error']} at character {loc[0]})"
+        return await _on_error(request, InvalidArgument("body", error.body, problem, "Send one JSON object."))
+    field = ".".join(map(str, loc if kind == "missing" else _sent_part(loc, error.body))) or "body"
+    if kind == "missing":
+        return await _on_error(request, InvalidArgument(field, None, "is missing", "Send it."))
+    problem = "is not a known field" if kind == "extra_forbidden" else str(first["msg"]).rstrip(".")
+    remedy = "Leave it out." if kind == "extra_forbidden" else "Mend it."
     return await _on_error(request, InvalidArgument(field, first.get("input"), problem, remedy))
+
+
+def _sent_part(loc: Sequence[str | int], body: Any) -> list[str | int]:
+    """The beginning of ``loc`` that is in the body: behind it pydantic names members of unions and parts of keys."""
+    parts: list[str | int] = []
+    for part in loc:
+        is_there = part in body if isinstance(body, dict) else isinstance(body, list) and part in range(len(body))
+        if not is_there:
+            break
+        parts.append(part)
+        body = body[part]
+    return parts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.request import Guide, SamplingParams, Sharing, token_array
@@ -213,7 +213,7 @@ class CompletionRequest(GenerationRequest):
     ``max_tokens`` may be 0.
     """
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool = False
     add_special_tokens: bool = True
@@ -222,6 +222,13 @@ class CompletionRequest(GenerationRequest):
     def is_silent(self) -> bool:
         """Whether only the prompt is wanted: one token is generated, and not shown."""
         return self.echo and self.max_tokens == 0
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _text_or_list(cls, value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise InvalidArgument("prompt", value, "is neither text nor a list of token ids", "Send one of both.")
+        return value
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
@@ -239,7 +246,7 @@ class CompletionRequest(GenerationRequest):
 
     def inputs(self, tokenization: Tokenization) -> list[TextOrTokens]:
         prompts: Any = self.prompt
-        if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):
+        if not isinstance(prompts, list) or not prompts or not isinstance(prompts[0], str | list):
             prompts = [prompts]
         if len(prompts) > MAX_PROMPTS:
             raise InvalidArgument("prompt", f"{len(prompts)} prompts", f"are more than {MAX_PROMPTS}", "Send fewer at once.")

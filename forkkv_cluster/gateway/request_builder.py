@@ -39,5 +39,5 @@ class RequestBuilder(request_builder.RequestBuilder):
         """The client's choice with the server's defaults filled in; raises InvalidArgument when it does not fit the model."""
         max_tokens = self.max_tokens(choice.max_tokens, num_prompt_tokens, self._defaults.max_tokens)
         params = replace(choice.params, seed=choice.seed if choice.seed is not None else drawn_seed, max_tokens=max_tokens)
-        params.validate()
+        params.validate(self.model.vocab_size)
         return params

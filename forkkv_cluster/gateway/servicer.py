@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 
 from forkkv_cluster.api.v1 import adapters_pb2, cluster_pb2, sessions_pb2
-from forkkv_cluster.core.errors import ForkKVError, Internal, NotFound
+from forkkv_cluster.core.errors import ForkKVError, NotFound, unexpected
 from forkkv_cluster.gateway import codec
 from forkkv_cluster.gateway.identity import authenticate
 from forkkv_cluster.gateway.service import GatewayService
@@ -49,7 +49,7 @@ def as_forkkv_error(error: Exception) -> ForkKVError:
     if isinstance(error, ForkKVError):
         return error
     logger.error("unexpected error in a gRPC method", exc_info=error)
-    return Internal(f"{type(error).__name__}: {error}. This is a bug of the server; its log says more.")
+    return unexpected(error)
 
 
 def unary(empty: Callable[[], Response]) -> Callable[[Handler[Response]], Any]:

@@ -41,7 +41,12 @@ class Tokenization:
             raise InvalidArgument("model.path", str(path), problem, "Add tokenizer.json and tokenizer_config.json.") from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenArray:
-        """[n] int32."""
+        """[n] int32. Raises InvalidArgument for half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text[max(0, error.start - 20) : error.end + 20]
+            raise InvalidArgument("text", shown, f"is not UTF-8 at character {error.start}", "Send whole characters.") from None
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=np.int32)
 
     @property

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 from collections.abc import AsyncGenerator, Callable, Hashable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from forkkv_cluster.core.errors import Cancelled, ForkKVError
+from forkkv_cluster.core.errors import Cancelled, ForkKVError, unexpected
 from forkkv_cluster.gateway.commands import TurnEvent
 from forkkv_cluster.gateway.replay import check_same_turn
+
+logger = logging.getLogger(__name__)
 
 StartTurn = Callable[[], AsyncGenerator[TurnEvent, None]]
 
@@ -90,6 +93,10 @@ class TurnHub:
             turn.error = error
         except asyncio.CancelledError:
             turn.error = Cancelled("nobody came back for the turn in time; its branch is as it was.")
+        except Exception as error:
+            # Without it the readers would take the end of the events for the end of the turn.
+            logger.exception("unexpected error in a turn")
+            turn.error = unexpected(error)
         finally:
             turn.is_over = True
             turn.notify()

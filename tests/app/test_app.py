@@ -6,11 +6,13 @@ import inspect
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.serve import Application
 
-from forkkv_cluster.app import RunningCluster, build_app, free_port, resolve_config, serve_app
+from forkkv_cluster import app
+from forkkv_cluster.app import RunningCluster, build_app, free_port, resolve_config, serve_app, start_cluster
 from forkkv_cluster.core.config import ClusterConfig, parse_config
-from forkkv_cluster.core.errors import InvalidArgument
+from forkkv_cluster.core.errors import InvalidArgument, Unavailable
 from forkkv_cluster.testing.tiny_models import TinyKit
 
 
@@ -63,6 +65,23 @@ def test_a_cluster_that_listens_everywhere_is_reached_on_loopback() -> None:
     server = {"host": "0.0.0.0", "http_port": 8001, "grpc_port": 9001}
     cluster = RunningCluster(parse_config({"server": server}), owns_ray=False)
     assert (cluster.http_url, cluster.grpc_address) == ("http://127.0.0.1:8001", "127.0.0.1:9001")
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), TimeoutError("HTTP proxies not available after 60s.")])
+def test_a_proxy_that_does_not_start_is_unavailable_and_everything_is_stopped(
+    tiny_kit: TinyKit, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def no_proxy(**options: object) -> None:
+        raise error
+
+    stopped: list[RunningCluster] = []
+    monkeypatch.setattr(app, "_start_ray", lambda config: None)
+    monkeypatch.setattr(app.serve, "start", no_proxy)
+    monkeypatch.setattr(RunningCluster, "stop", lambda cluster: stopped.append(cluster))
+    ports = {"server": {"http_port": 0, "grpc_port": 0}, "gateway": {"session_store": "memory:"}}
+    with pytest.raises(Unavailable, match=r"proxies did not start .*try again"):
+        start_cluster(config_of(tiny_kit, **ports))
+    assert len(stopped) == 1
 
 
 def test_a_free_port_can_be_bound() -> None:

@@ -89,6 +89,21 @@ def test_a_bad_option_is_refused_by_name(trace_path: Path, arguments: list[str],
     assert message in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("option", ["--json", "--outputs"])
+def test_a_report_that_could_not_be_written_is_refused_before_the_run(trace_path: Path, tmp_path: Path, option: str):
+    path = tmp_path / "missing" / "out"
+    result = invoke(trace_path, "--model", "m", option, path)
+    assert result.exit_code == 2
+    assert f"{option}='{path}" in "".join(result.output.split())
+
+
+def test_the_other_benchmarks_refuse_such_a_report_too(tmp_path: Path):
+    for command in ("cache", "offline"):
+        result = CliRunner().invoke(app, [command, "--json", str(tmp_path)], catch_exceptions=False)
+        assert result.exit_code == 2
+        assert "--json=" in result.output
+
+
 def test_auto_is_refused_by_name(trace_path: Path, kit_options: list[str]):
     result = invoke(trace_path, "--sharing", "auto", *kit_options)
     assert result.exit_code == 2

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from forkkv_cluster.__main__ import banner, cli, merged_config, parse_adapter
+from forkkv_cluster.cli.status import worker_table
+from forkkv_cluster.client import Status
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
+from forkkv_cluster.core.request import ModelInfo
+from forkkv_cluster.core.status import ClusterStatus, EngineCounters, EngineStatus, WorkerStatus
 
 runner = CliRunner()
 
@@ -63,7 +69,43 @@ def test_a_cluster_that_is_not_there_is_one_line_and_exit_1() -> None:
         result = runner.invoke(cli, [*command, "--address", "127.0.0.1:1"])
         assert result.exit_code == 1
         assert "UNAVAILABLE" in result.stderr
+        assert "gRPC port" in " ".join(result.stderr.split())
         assert "Traceback" not in result.stderr
+
+
+def test_a_document_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "document"
+    path.write_bytes(b"\x90\xff")
+    result = runner.invoke(cli, ["generate", "Hello", "--document", str(path)])
+    assert result.exit_code == 2
+    assert "--document" in result.stderr
+
+
+def test_sharing_without_a_document_is_refused_not_ignored() -> None:
+    result = runner.invoke(cli, ["generate", "Hello", "--sharing", "eager"])
+    assert result.exit_code == 2
+    assert "--sharing" in result.stderr
+
+
+def test_the_status_of_a_busy_cluster_fits_eighty_columns() -> None:
+    counters = EngineCounters(prefill_tokens_run=987_654_321, useful_hit_tokens=123_456_789, output_tokens=98_765_432)
+    engine = EngineStatus(64, 1024, 9, 2**30, 1023 * 2**20, 1023 * 2**20, (), counters, ())
+    model = ModelInfo("tiny", "m" * 32, 8192, 16384, 2048, "float32", (0,))
+    worker = WorkerStatus("worker-0123abcd", 1, 4_194_303, "cpu", model, engine)
+    found = Status(ClusterStatus("0.1.0", (worker,), None, 0, 0, ()), model)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(worker_table(found))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    for part in ("0123abcd", "4194303", "64/1024", "1023.0 MiB", "987654321", "123456789", "98765432"):
+        assert part in text
+
+
+def test_help_shows_the_defaults_that_the_options_leave_to_the_configuration() -> None:
+    text = " ".join(runner.invoke(cli, ["serve", "--help"], env={"COLUMNS": "200"}).output.split())
+    for default in ("127.0.0.1", "8000", "9000", "2", "auto", "eager"):
+        assert f"[default: {default}]" in text
+    assert "[default: 256MiB]" in runner.invoke(cli, ["bench", "trace", "--help"], env={"COLUMNS": "200"}).output
 
 
 def test_the_banner_names_both_endpoints() -> None:
@@ -73,7 +115,7 @@ def test_the_banner_names_both_endpoints() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    for command in ("serve", "status", "generate", "config", "bench"):
+    for command in ("serve", "status", "generate", "config", "bench", "demo"):
         result = runner.invoke(cli, [command, "--help"])
         assert result.exit_code == 0
         assert len(result.output) > 200

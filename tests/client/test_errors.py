@@ -62,7 +62,10 @@ def test_an_error_arrives_as_it_was_raised(error: ForkKVError) -> None:
 
 
 def test_a_status_without_detail_is_told_by_its_code() -> None:
-    assert isinstance(from_rpc_error(FailedCall(grpc.StatusCode.UNAVAILABLE, "connection refused")), Unavailable)
+    away = from_rpc_error(FailedCall(grpc.StatusCode.UNAVAILABLE, "connection refused"))
+    assert isinstance(away, Unavailable)
+    assert "connection refused" in away.message
+    assert "gRPC port" in away.message
     full = from_rpc_error(FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue"))
     assert isinstance(full, ResourceExhausted)
     assert full.retry_after_s > 0

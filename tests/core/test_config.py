@@ -58,6 +58,7 @@ def test_a_bad_value_is_refused_by_its_path(path: str, value: object) -> None:
         parse_config(nested(path, value))
     assert caught.value.field == path
     assert "forkkv config" in caught.value.attributes["remedy"]
+    assert "Value error" not in caught.value.message
 
 
 @pytest.mark.parametrize("path", ["colour", "cache.pages", "model.nmae", "server.tls", "defaults.sharing"])
@@ -234,3 +235,11 @@ def test_a_file_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
     path.write_text("cache: {kv_bytes: [")
     with pytest.raises(InvalidArgument, match="is not YAML"):
         load_config(path)
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_bytes(b"model:\n  name: \xff\xfe\n")
+    with pytest.raises(InvalidArgument, match=r"cluster\.yaml") as caught:
+        load_config(path)
+    assert caught.value.field == "config"

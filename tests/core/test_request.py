@@ -40,6 +40,10 @@ from forkkv_cluster.core.request import (
         ("seed", -1),
         ("seed", 2**63),
         ("stop", ("end", "")),
+        ("temperature", 5e-324),
+        ("top_k", 10**20),
+        ("repetition_penalty", 1e-45),
+        ("stop_token_ids", tuple(range(129))),
     ],
 )
 def test_bad_sampling_is_refused_by_name(name: str, value: Any) -> None:
@@ -60,10 +64,20 @@ def test_bad_sampling_is_refused_by_name(name: str, value: Any) -> None:
         ("logprobs", 20),
         ("seed", 2**63 - 1),
         ("stop", ()),
+        ("temperature", 1e-20),
+        ("top_k", 2**31 - 1),
+        ("repetition_penalty", 0.01),
+        ("stop_token_ids", tuple(range(128))),
     ],
 )
 def test_the_ends_of_every_range_are_accepted(name: str, value: Any) -> None:
     replace(SamplingParams(), **{name: value}).validate()
+
+
+@pytest.mark.parametrize("token_id", [-1, -1_000_000, 10**30, 100])
+def test_a_stop_token_outside_the_vocabulary_is_refused(token_id: int) -> None:
+    with pytest.raises(InvalidArgument, match=r"stop_token_ids\[1\]"):
+        SamplingParams(stop_token_ids=(5, token_id), min_tokens=1).validate(vocab_size=100)
 
 
 # --- token ids --------------------------------------------------------------------------------------------------------

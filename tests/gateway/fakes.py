@@ -88,13 +88,15 @@ class FakePool:
     """One worker that writes ``answer``, byte by byte, and its misfortunes.
 
     ``die_after``: for each attempt in turn, the tokens after which its worker is lost. ``errors``: raised by attempts in turn.
-    ``gate``: when set, every token waits for it. ``missing``: adapters that the worker lost.
+    ``break_after``: tokens after which an exception comes that no worker means to raise. ``gate``: when set, every token
+    waits for it. ``missing``: adapters that the worker lost.
     """
 
     answer: bytes = b"abcdefghijklmnopqrstuvwxyz" * 8
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     die_after: list[int] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
+    break_after: int | None = None
     gate: asyncio.Event | None = None
     missing: set[str] = field(default_factory=set)
     fail_loading: Exception | None = None
@@ -123,6 +125,8 @@ class FakePool:
                 if lives is not None and index - request.num_resumed >= lives:
                     is_over = True
                     raise WorkerLost("it was killed")
+                if index == self.break_after:
+                    raise RuntimeError("a bug")
                 chunk = self._chunk(request, index, usage if index == request.num_resumed else None)
                 index += len(chunk.token_ids)
                 is_over = chunk.finish_reason is not None

@@ -155,6 +155,52 @@ def test_a_bad_field_is_refused_by_name(client: TestClient, pool: FakePool, chan
     assert pool.generated == []
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ('{"model": ', "body", "is not JSON"),
+        ("\N{SNOWMAN}", "body", "is not JSON"),
+        ("", "body", "is missing"),
+        ("[1]", "body", "valid dictionary"),
+        ('{"prompt": "x"}', "model", "is missing"),
+        ('{"model": "tiny"}', "prompt", "is missing"),
+        ('{"model": "tiny", "prompt": 5}', "prompt", "is neither text nor a list of token ids"),
+        ('{"model": "tiny", "prompt": [1.5]}', "prompt", "is not a flat list of integers"),
+        ('{"model": "tiny", "prompt": [1, "a"]}', "prompt", "is not a flat list of integers"),
+        ('{"model": "tiny", "prompt": [null]}', "prompt", "is not a flat list of integers"),
+        ('{"model": "tiny", "prompt": "\\ud800"}', "text", "UTF-8"),
+        ('{"model": "tiny", "prompt": "x", "guided_json": 5}', "guided_json", "valid dictionary"),
+        ('{"model": "tiny", "prompt": "x", "logit_bias": {"a": 1}}', "logit_bias.a", "valid integer"),
+    ],
+)
+def test_a_malformed_body_is_refused_with_the_field_that_was_sent(
+    client: TestClient, body: str, param: str, message: str
+) -> None:
+    response = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unexpected_error_is_told_in_openais_words(pool: FakePool, stream: bool) -> None:
+    pool.errors = [RuntimeError("a bug")]
+    service = make_service(pool)
+    with TestClient(build_http_app(lambda: service), raise_server_exceptions=False) as client:
+        response = client.post("/v1/completions", json={**TEXT, "stream": stream})
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal"
+    assert "RuntimeError: a bug" in response.json()["error"]["message"]
+
+
+def test_an_unexpected_error_in_the_middle_of_a_stream_is_its_last_event(client: TestClient, pool: FakePool) -> None:
+    pool.break_after = 2
+    found = events(client.post("/v1/completions", json={**TEXT, "stream": True}).text)
+    assert found[-1]["error"]["code"] == "internal"
+    assert "[DONE]" not in found
+
+
 def test_penalties_and_bias_reach_the_worker(client: TestClient, pool: FakePool) -> None:
     fields = {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2, "min_tokens": 2}
     assert client.post("/v1/completions", json={**TEXT, **fields, "logit_bias": {"9": -3, "5": 1}}).status_code == 200

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from forkkv_cluster.core.errors import FailedPrecondition, ResourceExhausted
+from forkkv_cluster.core.errors import FailedPrecondition, Internal, ResourceExhausted
 from forkkv_cluster.gateway.commands import TurnDelta, TurnEvent
 from forkkv_cluster.gateway.turn_hub import TurnHub
 
@@ -53,6 +53,18 @@ async def test_a_retry_gets_every_event_of_the_turn_that_runs() -> None:
     gate.release()
     assert [token_of(event) async for event in hub.follow("key", "input", source.events)] == [0, 1, 2]
     assert source.num_started == 1
+
+
+async def test_an_error_that_nobody_meant_reaches_every_reader() -> None:
+    gate = asyncio.Semaphore(0)
+    source, hub = Source(gate, error=RuntimeError("a bug")), TurnHub(10.0)
+    readers = [asyncio.ensure_future(anext(hub.follow("key", "input", source.events))) for _ in range(2)]
+    await asyncio.sleep(0)
+    gate.release()
+    for reader in readers:
+        with pytest.raises(Internal, match="RuntimeError: a bug"):
+            await reader
+    assert not hub.knows("key")
 
 
 async def test_two_connections_read_one_turn() -> None:
