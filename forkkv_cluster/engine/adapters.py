@@ -73,6 +73,10 @@ class LayerLora:
         """Whether its residual keeps ``KeyScale``: with LoRA on k, on a model with QK-norm."""
         return self.k is not None and self.k.normed_b is not None
 
+    def by_group(self) -> dict[str, FusedLora | None]:
+        """The groups of modules that read the same input."""
+        return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+
     def key_scale_columns(self, pools: tuple[Tensor, Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor]:
         """Where the residual's pools keep ``KeyScale``, norm and change: behind x A_k and x A_v, views [slots, Hkv]."""
         starts = (part.rank if part is not None else 0 for part in (self.k, self.v))

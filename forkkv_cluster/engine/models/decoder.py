@@ -20,9 +20,10 @@ from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
 from forkkv_cluster.engine.attention import PagedAttention
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.linear import Linear
-from forkkv_cluster.engine.layers.lora import FusedLora
+from forkkv_cluster.engine.layers.lora_stack import StackCache
 from forkkv_cluster.engine.models.config import ModelConfig
 from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
+from forkkv_cluster.engine.step_lora import StepLora
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +56,12 @@ class DecoderWeights:
 
 
 class Decoder:
-    """Stateless over its weights: all state of a step is in its arguments."""
+    """All state of a step is in its arguments; what is kept besides the weights are stacks of adapters, to be made anew."""
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
+        self._lora_stacks = StackCache()
 
     @property
     def k_norms(self) -> tuple[Tensor, ...]:
@@ -70,16 +72,17 @@ class Decoder:
         """Run all rows, write their KV, return the last hidden states [R + n, H] of ``step.output_rows``."""
         hidden = self._weights.embed[step.token_ids]
         eps = self.config.rms_norm_eps
+        lora = StepLora(step, adapters, self._lora_stacks, hidden.dtype)
         for index, weights in enumerate(self._weights.layers):
-            lora = [adapters[segment.adapter_slot].layers[index] for segment in step.lora]
             x = rms_norm(hidden, weights.input_norm, eps)
             q = self._project_and_store(index, x, step, lora, kv, adapters)
             if index == self.config.num_layers - 1 and len(step.output_rows) == 0:
                 break  # A pass for its KV alone: nobody reads what the last layer would compute.
             attended = attention.run(index, q).flatten(1)
-            hidden = hidden + _linear(attended, weights.o, step, [layer.o for layer in lora])
+            hidden = hidden + _linear(attended, weights.o, lora, index, "o")
             x = rms_norm(hidden, weights.post_norm, eps)
-            hidden = hidden + _mlp(x, weights, step, lora)
+            gate, up = _linear(x, weights.gate_up, lora, index, "gate_up").chunk(2, dim=-1)
+            hidden = hidden + _linear(silu(gate) * up, weights.down, lora, index, "down")
         return hidden[step.output_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -88,12 +91,12 @@ class Decoder:
         return self._weights.lm_head(final).float()
 
     def _project_and_store(
-        self, index: int, x: Tensor, step: StepInputs, lora: list[LayerLora], kv: KVBuffers, adapters: AdapterSlots
+        self, index: int, x: Tensor, step: StepInputs, lora: StepLora, kv: KVBuffers, adapters: AdapterSlots
     ) -> Tensor:
         """Project q, k, v; write KV of this layer; return q [T, Hq, D] rotated."""
         config, weights = self.config, self._weights.layers[index]
         qkv = weights.qkv(x)
-        shrunk = [_add_qkv_lora(qkv, x, step, number, layer.qkv) for number, layer in enumerate(lora)]
+        shrunk = lora.qkv_(index, qkv, x)
         heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         rotated = apply_rope(_normed_qk(heads[:, : config.num_heads + config.num_kv_heads], weights, config), step.cos_sin)
         key_cache, value_cache = kv.base(index)
@@ -115,24 +118,6 @@ def _normed_qk(qk: Tensor, weights: LayerWeights, config: ModelConfig) -> Tensor
     return torch.cat(
         (rms_norm(q, weights.q_norm, config.rms_norm_eps), rms_norm(k, weights.k_norm, config.rms_norm_eps)), dim=1
     )
-
-
-def _add_qkv_lora(qkv: Tensor, x: Tensor, step: StepInputs, number: int, lora: FusedLora | None) -> Tensor | None:
-    """Expand q for the whole segment, k and v for its merged rows only; returns x [A_q | A_k | A_v]."""
-    if lora is None:
-        return None
-    segment = step.lora[number]
-    shrunk = lora.shrink(x[segment.rows])
-    lora.expand_(qkv[segment.rows], shrunk, "q_proj")
-    if segment.merged is None:
-        for module in ("k_proj", "v_proj"):
-            lora.expand_(qkv[segment.rows], shrunk, module)
-    elif len(segment.merged):
-        some = qkv[segment.rows][segment.merged]
-        for module in ("k_proj", "v_proj"):
-            lora.expand_(some, shrunk[segment.merged], module)
-        qkv[segment.rows][segment.merged] = some
-    return shrunk
 
 
 def _store_residuals(
@@ -179,17 +164,10 @@ def _residual_product(x: Tensor, write: ResidualRows, shrunk: list[Tensor | None
     return lora.qkv.shrink_from(x[write.rows], first), first
 
 
-def _linear(x: Tensor, base: Linear, step: StepInputs, lora: list[FusedLora | None]) -> Tensor:
+def _linear(x: Tensor, base: Linear, lora: StepLora, index: int, group: str) -> Tensor:
     out = base(x)
-    for segment, factors in zip(step.lora, lora, strict=True):
-        if factors is not None:
-            factors.apply_(out[segment.rows], x[segment.rows])
+    lora.add_(index, group, out, x)
     return out
-
-
-def _mlp(x: Tensor, weights: LayerWeights, step: StepInputs, lora: list[LayerLora]) -> Tensor:
-    gate, up = _linear(x, weights.gate_up, step, [layer.gate_up for layer in lora]).chunk(2, dim=-1)
-    return _linear(silu(gate) * up, weights.down, step, [layer.down for layer in lora])
 
 
 def load_decoder(config: ModelConfig, take: Callable[[str, tuple[int, ...]], Tensor]) -> Decoder:
