@@ -18,7 +18,8 @@ from forkkv_cluster.core.errors import Internal
 
 def check_invariants(memory: KVMemory, book: LeaseBook) -> None:
     """Raise Internal that lists every broken promise; return when there is none."""
-    problems = [*_tree_problems(memory.tree), *_page_problems(memory, book), *_pin_problems(memory.tree, book)]
+    merged = [] if memory.merged.is_consistent() else ["merged keys do not lie in what they borrow"]
+    problems = [*merged, *_tree_problems(memory.tree), *_page_problems(memory, book), *_pin_problems(memory.tree, book)]
     if problems:
         raise Internal("KV memory invariants are broken: " + "; ".join(problems[:10]))
 

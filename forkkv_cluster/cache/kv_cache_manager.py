@@ -13,6 +13,7 @@ from forkkv_cluster.cache.invariants import check_invariants
 from forkkv_cluster.cache.kv_memory import KVMemory
 from forkkv_cluster.cache.lease_book import LeaseBook
 from forkkv_cluster.cache.leases import ContextLease, ContextMatch, SequenceLease
+from forkkv_cluster.cache.merged_keys import MergedIdentity
 from forkkv_cluster.cache.page_pool import PageClass
 from forkkv_cluster.cache.sequence_cache import SequenceCache
 from forkkv_cluster.cache.tree_nodes import ResidualKey
@@ -24,9 +25,10 @@ from forkkv_cluster.core.status import PoolStatus
 class KVCacheManager:
     """Pages of one engine. Pure bookkeeping: page ids, no tensors. Not thread-safe."""
 
-    def __init__(self, geometry: KVGeometry, kv_bytes: int) -> None:
+    def __init__(self, geometry: KVGeometry, kv_bytes: int, merged_share: float = 0.5) -> None:
+        """``merged_share``: of the memory, at most, that whole K of adapters may borrow while it is free (``MergedKeys``)."""
         self.geometry = geometry
-        self._memory = KVMemory(geometry, kv_bytes)
+        self._memory = KVMemory(geometry, kv_bytes, merged_share)
         self._book = LeaseBook()
         self._sequences = SequenceCache(self._memory, self._book)
         self._contexts = ContextCache(self._memory, self._book)
@@ -88,6 +90,25 @@ class KVCacheManager:
         """The sequence has ended or is preempted: what was computed stays cached, the rest is freed."""
         self._sequences.release(lease)
 
+    # --- merged keys ------------------------------------------------------------------------------------------------
+
+    def use_merged_keys(self, lease: SequenceLease, is_worth_making: bool) -> None:
+        """Set ``lease.merged_keys`` for the step that is about to run: no allocation may come between the two."""
+        entry = lease.residual_pin
+        lease.merged_keys = None
+        if entry is not None and len(lease.residual_pages):
+            num_tokens = len(lease.residual_pages) * self.geometry.page_size
+            lease.merged_keys = self._memory.merged.use(MergedIdentity(entry.key, entry.node.hash), num_tokens, is_worth_making)
+
+    def note_merged_keys_written(self) -> None:
+        """The step has run all layers: what it used and was not written is now."""
+        self._memory.merged.note_written()
+
+    @property
+    def merged_bytes_held(self) -> int:
+        """Bytes that whole K of adapters borrows, of memory that nobody else needs now."""
+        return self._memory.merged.bytes_held
+
     # --- facts ------------------------------------------------------------------------------------------------------
 
     def take_events(self) -> tuple[CacheEvent, ...]:
@@ -134,10 +155,12 @@ class KVCacheManager:
         return self.total_bytes - pinned
 
     def pools(self) -> tuple[PoolStatus, ...]:
-        """Every pool, base first. total = free + cached + pinned in each."""
+        """Every pool, base first, then the slabs that merged keys borrow. total = free + cached + pinned in each."""
         pinned = self._book.pinned_pages()
         classes: list[PageClass] = [None, *sorted(c for c in self._memory.pool.page_classes() if c is not None)]
-        return tuple(self._pool_status(c, pinned.get(c, 0)) for c in classes)
+        merged = self._memory.merged.num_slabs
+        borrowed = [PoolStatus("merged-keys", self.geometry.slab_bytes, merged, 0, merged, 0)] if merged else []
+        return (*(self._pool_status(c, pinned.get(c, 0)) for c in classes), *borrowed)
 
     def _pool_status(self, page_class: PageClass, num_pinned: int) -> PoolStatus:
         pool = self._memory.pool

@@ -6,6 +6,7 @@ from forkkv_cluster.cache.dual_radix_tree import DualRadixTree
 from forkkv_cluster.cache.event_log import EventLog
 from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.cache.lease_book import LeaseBook
+from forkkv_cluster.cache.merged_keys import MergedKeys
 from forkkv_cluster.cache.page_pool import PageClass, PagePool
 from forkkv_cluster.cache.tree_nodes import Node, Residual
 from forkkv_cluster.core.events import CacheEvent
@@ -14,9 +15,11 @@ from forkkv_cluster.core.events import CacheEvent
 class KVMemory:
     """Owns the page pool and the DualRadixTree of one engine. Not thread-safe."""
 
-    def __init__(self, geometry: KVGeometry, kv_bytes: int) -> None:
+    def __init__(self, geometry: KVGeometry, kv_bytes: int, merged_share: float = 0.5) -> None:
+        """``merged_share``: of the memory, at most, that ``MergedKeys`` may borrow."""
         self.geometry = geometry
         self.pool = PagePool(geometry, geometry.num_slabs(kv_bytes))
+        self.merged = MergedKeys(geometry, self.pool, merged_share)
         self.tree = DualRadixTree(self._base_evicted, self._residual_evicted)
         self.num_evictions = 0
         self.peak_base_bytes = 0
@@ -26,13 +29,14 @@ class KVMemory:
     # --- allocation -----------------------------------------------------------------------------------------------
 
     def allocate(self, page_class: PageClass, num_pages: int) -> list[int] | None:
-        """``num_pages`` pages, evicting the least recently used as needed; None when pinned pages leave no room."""
+        """``num_pages`` pages, taking back merged keys and then evicting the least recently used as needed; None when pinned
+        pages leave no room."""
         while True:
             pages = self.pool.allocate(page_class, num_pages)
             if pages is not None:
                 self._note_peaks()
                 return pages
-            if not self.tree.evict_oldest():
+            if not self.merged.give_back() and not self.tree.evict_oldest():
                 return None
 
     def free(self, page_class: PageClass, pages: list[int]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from forkkv_cluster.cache.merged_keys import MergedUse
 from forkkv_cluster.cache.tree_nodes import Node, PageTable, PathRecord, Residual, ResidualKey
 from forkkv_cluster.core.ids import BlockHash
 from forkkv_cluster.core.prefix import PrefixKey
@@ -32,6 +33,7 @@ class SequenceLease:
     num_blocks_in_tree: leading pages that the tree owns; pages [num_blocks_in_tree, num_pages) are private.
     hashes: chain of the whole blocks known so far, of which ``key`` gave the first.
     residual_pages [n] int32: the adapter's residual over the n whole blocks of shared context; empty when not needed.
+    merged_keys: the adapter's whole K over those blocks, for this step; None where it is to be built from both.
     """
 
     key: PrefixKey
@@ -44,6 +46,7 @@ class SequenceLease:
     residual_pin: Residual | None = None
     residual_pages: PageTable = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     tail: TailSource | None = None
+    merged_keys: MergedUse | None = None
     is_detached: bool = False
     is_released: bool = False
 

@@ -2,7 +2,8 @@
 
 The arena is cut into slabs of equal size. A slab that holds pages belongs to one *page class*: base pages (class
 ``None``) or residual pages of one rank class (8, 16, ...). It goes back to the free slabs when its last page is freed,
-so memory moves between base and residual KV as the load asks for it, without a fixed split.
+so memory moves between base and residual KV as the load asks for it, without a fixed split. Free slabs can be borrowed in
+rows (``cache.merged_keys``) for what is worth keeping only while nobody needs the memory.
 
 Lowest addresses first, in slabs and within a slab: fresh allocations come out as runs of consecutive pages, which the
 CPU attention reads as views, without a gather.
@@ -39,14 +40,20 @@ class PagePool:
         self._open: dict[PageClass, list[int]] = {}  # class -> heap of slabs with free pages (entries may be stale)
         self._allocated: dict[PageClass, int] = {}
         self._num_slabs_of: dict[PageClass, int] = {}
+        self._num_borrowed = 0
 
     @property
     def num_free_slabs(self) -> int:
         return len(self._free_slabs)
 
     @property
+    def num_borrowed_slabs(self) -> int:
+        return self._num_borrowed
+
+    @property
     def num_used_slabs(self) -> int:
-        return self.num_slabs - len(self._free_slabs)
+        """Slabs that hold pages."""
+        return self.num_slabs - len(self._free_slabs) - self._num_borrowed
 
     def num_allocated(self, page_class: PageClass) -> int:
         """Pages of that class in use."""
@@ -103,6 +110,26 @@ class PagePool:
             if not free:
                 heapq.heappush(self._open.setdefault(page_class, []), slab)
             heapq.heappush(free, page)
+
+    def borrow(self, num_slabs: int) -> int | None:
+        """The first of ``num_slabs`` free slabs in a row, taken out of the pool; None when there is no such row.
+
+        The highest ones: pages are handed out from the lowest on. O(slabs).
+        """
+        free = sorted(self._free_slabs)
+        for last in range(len(free) - 1, num_slabs - 2, -1):
+            first = last - num_slabs + 1
+            if free[last] - free[first] == num_slabs - 1:
+                self._free_slabs = free[:first] + free[last + 1 :]
+                self._num_borrowed += num_slabs
+                return free[first]
+        return None
+
+    def give_back(self, first_slab: int, num_slabs: int) -> None:
+        """Undo one ``borrow``."""
+        for slab in range(first_slab, first_slab + num_slabs):
+            heapq.heappush(self._free_slabs, slab)
+        self._num_borrowed -= num_slabs
 
     def _allocate_one(self, page_class: PageClass) -> int | None:
         slab = self._open_slab(page_class)

@@ -72,6 +72,16 @@ class CacheConfig(_Section):
     kv_bytes: Annotated[int, Field(gt=0, description="Bytes for base and residual KV together (also as 512MiB).")] = 256 * 2**20
     page_size: Annotated[int, Field(ge=1, le=1024, description="Tokens of one page; the same in the whole cluster.")] = 64
 
+    merged_share: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of kv_bytes, at most, that whole K of adapters over shared context may borrow while nobody "
+            "else needs it: decoding is faster with it. 0: never.",
+        ),
+    ] = 0.5
+
     @field_validator("kv_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: object) -> int:

@@ -20,6 +20,7 @@ from forkkv_kernels.ops.residual_attention import (
 )
 from torch import Tensor
 
+from forkkv_cluster.cache.merged_keys import MergedRun, MergedUse
 from forkkv_cluster.engine.adapters import AdapterSlots
 from forkkv_cluster.engine.attention_plan import (
     AttentionPlan,
@@ -75,6 +76,7 @@ class PagedAttention:
         self._adapters = adapters
         self._rotary = rotary
         self._masks: dict[tuple[int, int], Tensor] = {}
+        self._written: set[tuple[int, MergedRun, int, int]] = set()
         self._decode_rows = torch.from_numpy(plan.decode_rows).to(kv.arena.device)
         self._tiles = [(tile, *self._tile_tensors(tile)) for tile in plan.tiles]
         self._padded = [_PaddedTensors.of(tiles, kv.arena.device) for tiles in plan.padded]
@@ -110,7 +112,11 @@ class PagedAttention:
         k, v = base_k, base_v
         if residual.a_k is not None and residual.b_k is not None:
             cos_sin = self._rotary.rows[piece.start : piece.end]
-            k = reconstruct_k(base_k, residual.a_k, residual.b_k, cos_sin, residual.k_scale)
+            merged_k = self._merged_k(layer, piece.merged_keys, piece.start, piece.end, base_k, residual)
+            if merged_k is None:
+                k = reconstruct_k(base_k, residual.a_k, residual.b_k, cos_sin, residual.k_scale)
+            else:
+                k = merged_k.transpose(0, 1)
         if residual.a_v is not None and residual.b_v is not None:
             v = reconstruct_v(base_v, residual.a_v, residual.b_v)
         return k, v
@@ -126,7 +132,7 @@ class PagedAttention:
             k, v = _take(base_k, tile.slots), _take(base_v, tile.slots)
             if tile.residuals:
                 cos_sin = self._rotary.compact[tile.start : tile.end]
-                residuals = [self._group_residual(layer, residual) for residual in tile.residuals]
+                residuals = [self._group_residual(layer, tile, residual, k) for residual in tile.residuals]
                 partial = attend_grouped(by_head[:, rows], k, v, cos_sin, residuals, hidden)
             else:
                 partial = attend_plain(by_head[:, rows], k, v, hidden)
@@ -137,11 +143,34 @@ class PagedAttention:
         out: Tensor = finish_partial(state)
         return out
 
-    def _group_residual(self, layer: int, tile: TileResidual) -> GroupResidual:
-        residual = self._residual(layer, tile.adapter_slot, tile.slots)
+    def _group_residual(self, layer: int, tile: DecodeTile, part: TileResidual, base_k: Tensor) -> GroupResidual:
+        residual = self._residual(layer, part.adapter_slot, part.slots)
+        merged_k = self._merged_k(layer, part.merged_keys, tile.start, tile.end, base_k, residual)
         return GroupResidual(
-            tile.row_start, tile.row_end, residual.a_k, residual.b_k, residual.a_v, residual.b_v, residual.k_scale
+            part.row_start,
+            part.row_end,
+            residual.a_k,
+            residual.b_k,
+            residual.a_v,
+            residual.b_v,
+            residual.k_scale,
+            merged_k,
         )
+
+    def _merged_k(
+        self, layer: int, use: MergedUse | None, start: int, end: int, base_k: Tensor, residual: _LayerResidual
+    ) -> Tensor | None:
+        """The adapter's K of tokens [start, end), whose base K is ``base_k`` [S, Hkv, D]: [Hkv, S, D], a view of the borrowed
+        memory, written here if this step is the first to use it. None where K is to be built without."""
+        if use is None or residual.a_k is None or residual.b_k is None:
+            return None
+        merged_k: Tensor = self._kv.merged_keys(layer, use.run)[:, start:end]
+        written = (layer, use.run, start, end)
+        if not use.is_written and written not in self._written:
+            cos_sin = self._rotary.rows[start:end]
+            merged_k.copy_(reconstruct_k(base_k, residual.a_k, residual.b_k, cos_sin, residual.k_scale).transpose(0, 1))
+            self._written.add(written)
+        return merged_k
 
     def _residual(self, layer: int, adapter_slot: int, slots: Slots) -> _LayerResidual:
         weights = self._adapters[adapter_slot]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from forkkv_cluster.cache.merged_keys import MergedUse
 from forkkv_cluster.engine.batch import AttentionSpan, PageArray
 
 Slots = slice | npt.NDArray[np.int64]
@@ -47,6 +48,7 @@ class ResidualPiece:
     end: int
     slots: Slots
     key: tuple[int, int, bytes, bytes]
+    merged_keys: MergedUse | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +74,7 @@ class TileResidual:
     row_end: int
     adapter_slot: int
     slots: Slots
+    merged_keys: MergedUse | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,7 +183,8 @@ def _extend(span: AttentionSpan, page_size: int) -> ExtendSpan:
         end = span.residual.num_tokens
         num_pages = -(-end // page_size)
         key = (span.residual.adapter_slot, end, span.pages[:num_pages].tobytes(), span.residual.pages.tobytes())
-        piece = ResidualPiece(span.residual.adapter_slot, 0, end, locate(span.residual.pages, 0, end, page_size), key)
+        slots = locate(span.residual.pages, 0, end, page_size)
+        piece = ResidualPiece(span.residual.adapter_slot, 0, end, slots, key, span.residual.merged_keys)
     slots = locate(span.pages, 0, span.kv_len, page_size)
     return ExtendSpan(span.row_start, span.row_end, span.start_pos, slots, piece)
 
@@ -245,7 +249,7 @@ class _Tiler:
             residual = members[0].span.residual
             if key is not None and residual is not None:
                 slots = locate(residual.pages, start, end, self._page_size)
-                residuals.append(TileResidual(row_start, len(rows), residual.adapter_slot, slots))
+                residuals.append(TileResidual(row_start, len(rows), residual.adapter_slot, slots, residual.merged_keys))
         ordered = [member for members in by_residual.values() for member in members]
         return DecodeTile(
             np.asarray(rows, dtype=np.int64),

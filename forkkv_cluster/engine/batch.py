@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from forkkv_cluster.cache.merged_keys import MergedUse
+
 IntArray = npt.NDArray[np.int64]
 PageArray = npt.NDArray[np.int32]
 
@@ -41,12 +43,14 @@ def _no_rows() -> IntArray:
 class ResidualRead:
     """The first ``num_tokens`` tokens of a span also carry this adapter's residual.
 
-    pages [ceil(num_tokens / page_size)] int32 in the pool of the adapter's rank class.
+    pages [ceil(num_tokens / page_size)] int32 in the pool of the adapter's rank class. ``merged_keys``: the adapter's whole K
+    over these tokens, to be read, or written and read, instead of being built.
     """
 
     adapter_slot: int
     pages: PageArray
     num_tokens: int
+    merged_keys: MergedUse | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

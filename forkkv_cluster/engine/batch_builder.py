@@ -86,7 +86,9 @@ class _Builder:
         self._write_base(rows, positions, lease.pages)
         read = None
         if turn.adapter is not None and len(lease.residual_pages):
-            read = ResidualRead(turn.adapter.slot, lease.residual_pages, len(lease.residual_pages) * self._page_size)
+            read = ResidualRead(
+                turn.adapter.slot, lease.residual_pages, len(lease.residual_pages) * self._page_size, lease.merged_keys
+            )
         self._add_span(rows, scheduled, lease.pages, read)
         if lease.tail is not None:
             self._copies.append(self._tail_copy(turn, lease))

@@ -35,6 +35,9 @@ from forkkv_cluster.engine.sampling_row import SamplingRow
 from forkkv_cluster.engine.scheduler import Scheduler
 from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn, Waiting
 
+MIN_MERGED_STEPS = 4
+"""Steps that a turn must have ahead of it to make whole K for: building it costs about as much as attending without, once."""
+
 
 class Engine:
     """Continuous batching over one model and many adapters, with shared and residual KV.
@@ -43,11 +46,19 @@ class Engine:
     terminal result: a chunk with a finish_reason, or a Failure.
     """
 
-    def __init__(self, runner: Runner, kv_bytes: int, scheduler: SchedulerConfig, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        kv_bytes: int,
+        scheduler: SchedulerConfig,
+        clock: Clock | None = None,
+        merged_share: float = 0.5,
+    ) -> None:
+        """``merged_share``: of kv_bytes, at most, that whole K of adapters may borrow while it is free."""
         self._runner = runner
         self._clock = clock or SystemClock()
         runner.allocate(kv_bytes)
-        self._kv = KVCacheManager(runner.geometry, kv_bytes)
+        self._kv = KVCacheManager(runner.geometry, kv_bytes, merged_share)
         self._adapters = AdapterRegistry(runner)
         self._scheduler = Scheduler(scheduler, self._kv)
         self._admission = Admission(runner.info, runner.geometry, kv_bytes, self._adapters, self._clock)
@@ -65,7 +76,7 @@ class Engine:
 
         torch.set_num_threads(config.worker.num_threads)
         runner = TorchRunner.from_config(config)
-        engine = cls(runner, config.cache.kv_bytes, config.scheduler, clock)
+        engine = cls(runner, config.cache.kv_bytes, config.scheduler, clock, config.cache.merged_share)
         for adapter in config.adapters:
             engine.load_adapter(adapter.name, adapter.path)
         return engine
@@ -119,6 +130,7 @@ class Engine:
         return StepOutput(tuple(chunks), tuple(failures), self._take_events())
 
     def _run(self, work: list[Scheduled], failures: list[Failure]) -> list[TokenChunk]:
+        self._use_merged_keys(work)
         batch = build_batch(work, self._runner.geometry.page_size)
         ready = [s.item for s in work if isinstance(s.item, Turn) and s.end == s.item.num_tokens]
         sampling = [
@@ -126,6 +138,8 @@ class Engine:
         ]
         result = self._runner.run(batch, sampling)
         sampled, prompts = iter(result.tokens), prompt_logprobs(work, result.scores)
+        if ready:  # Without a logit row, the last layer stops short of its attention.
+            self._kv.note_merged_keys_written()
         self._counts.num_steps += 1
         self._counts.cow_copies += len(batch.tail_copies)
         chunks = []
@@ -142,6 +156,15 @@ class Engine:
             elif outcome is not None:
                 chunks.append(outcome)
         return chunks
+
+    def _use_merged_keys(self, work: list[Scheduled]) -> None:
+        """Whole K for the turns whose adapter changes K of shared context, as far as memory is to spare."""
+        for scheduled in work:
+            turn = scheduled.item
+            if not isinstance(turn, Turn) or turn.lease is None or turn.adapter is None:
+                continue
+            if "k_proj" in turn.adapter.info.target_modules:
+                self._kv.use_merged_keys(turn.lease, turn.num_left >= MIN_MERGED_STEPS)
 
     # --- commit -----------------------------------------------------------------------------------------------------
 

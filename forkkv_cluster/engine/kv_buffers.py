@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.merged_keys import MergedRun
 
 
 class KVBuffers:
@@ -27,6 +28,13 @@ class KVBuffers:
     def base(self, layer: int) -> tuple[Tensor, Tensor]:
         """K (rotated) and V of one layer by slot: [num_slots, Hkv, D] each, views."""
         return self._base[layer, 0], self._base[layer, 1]
+
+    def merged_keys(self, layer: int, run: MergedRun) -> Tensor:
+        """An adapter's whole K of one layer, in borrowed slabs: [Hkv, num_tokens, D], a contiguous view."""
+        geometry = self.geometry
+        start = run.first_slab * geometry.slab_elems
+        flat = self.arena[layer, run.plane, start : start + run.num_tokens * geometry.base_width]
+        return flat.view(geometry.num_kv_heads, run.num_tokens, geometry.head_dim)
 
     def residual(self, layer: int, rank_class: int) -> tuple[Tensor, Tensor]:
         """x A_k and x A_v of one layer by slot: [num_slots, rank_class] each, views.

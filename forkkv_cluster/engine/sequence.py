@@ -138,6 +138,11 @@ class Turn:
         return self.request.invocation_start or 0
 
     @property
+    def num_left(self) -> int:
+        """Tokens to generate yet, at most."""
+        return self.request.sampling.max_tokens - self.num_generated
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens that have no KV yet; 1 while decoding."""
         return self.num_tokens - self.num_computed

@@ -16,6 +16,7 @@ import numpy as np
 from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.cache.leases import ContextLease, SequenceLease
+from forkkv_cluster.cache.merged_keys import MergedKeys
 from forkkv_cluster.cache.page_pool import PageClass
 from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.events import BaseEvicted, BaseStored, CacheEvent, ResidualEvicted, ResidualStored
@@ -169,6 +170,7 @@ class World:
         self.physical = PhysicalMemory(self.geometry)
         self.kv = self.manager._memory
         self.kv.pool = WatchedPool(self.geometry, num_slabs, self.physical)
+        self.kv.merged = MergedKeys(self.geometry, self.kv.pool, max_share=1.0)
         self.passes: list[Pass] = []
         self.turns: list[Turn] = []
         self.directory = Directory()

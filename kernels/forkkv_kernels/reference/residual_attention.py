@@ -47,7 +47,8 @@ class GroupResidual:
     """The residual that rows [row_start, row_end) of a group add to base KV.
 
     a_k [S, r_k], b_k [r_k, Hkv, D]; a_v [S, r_v], b_v [r_v, Hkv, D]; a pair is None where the adapter leaves k or v alone.
-    k_scale goes with a_k on a model with QK-norm (``qk_norm``).
+    k_scale goes with a_k on a model with QK-norm (``qk_norm``). merged_k [Hkv, S, D]: the adapter's whole K where it is at
+    hand, read instead of base K, a_k and b_k.
     """
 
     row_start: int
@@ -57,6 +58,7 @@ class GroupResidual:
     a_v: Tensor | None
     b_v: Tensor | None
     k_scale: KeyScale | None = None
+    merged_k: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,12 +143,9 @@ def attend_grouped(
     q [Hkv, T, g, D] scaled by 1 / sqrt(D), base_k and base_v [S, Hkv, D], cos_sin [S, D] of the keys' positions in q's
     dtype, mask [T, S] bool (True: hidden).
     """
-    num_kv_heads, num_rows, group, head_dim = q.shape
+    num_kv_heads, num_rows, group, _ = q.shape
     rows = (num_kv_heads, num_rows * group)
-    keys = base_k.transpose(0, 1)
-    if keys.dtype != torch.float32:
-        keys = keys.contiguous()  # oneDNN multiplies a strided bf16 operand three times slower than it copies it
-    scores = torch.matmul(q.reshape(*rows, head_dim), keys.transpose(1, 2)).float().view(num_kv_heads, num_rows, group, -1)
+    scores = _key_scores(q, base_k, residuals)
     k_scales = {r.row_start: r.k_scale for r in residuals if r.k_scale is not None}
     for start, end, added in _residual_scores(q, residuals, cos_sin):
         if start in k_scales:
@@ -164,9 +163,27 @@ def attend_grouped(
     return PartialAttention(maximum, total, output)
 
 
+def _key_scores(q: Tensor, base_k: Tensor, residuals: Sequence[GroupResidual]) -> Tensor:
+    """[Hkv, T, g, S] fp32: against the merged K of rows that have one, against base K else."""
+    num_kv_heads, num_rows, group, head_dim = q.shape
+    merged = [(r.row_start, r.row_end, r.merged_k) for r in residuals if r.merged_k is not None]
+    if sum(end - start for start, end, _ in merged) == num_rows:
+        scores = torch.empty(num_kv_heads, num_rows, group, len(base_k), dtype=torch.float32, device=q.device)
+    else:
+        keys = base_k.transpose(0, 1)
+        if keys.dtype != torch.float32:
+            keys = keys.contiguous()  # oneDNN multiplies a strided bf16 operand three times slower than it copies it
+        scores = torch.matmul(q.reshape(num_kv_heads, -1, head_dim), keys.transpose(1, 2)).float().view(*q.shape[:3], -1)
+    for start, end, merged_k in merged:
+        own = torch.matmul(q[:, start:end].reshape(num_kv_heads, -1, head_dim), merged_k.transpose(1, 2))
+        scores[:, start:end] = own.view(num_kv_heads, end - start, group, -1)
+    return scores
+
+
 def _residual_scores(q: Tensor, residuals: Sequence[GroupResidual], cos_sin: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, end row, scores [Hkv, rows, g, S] fp32) of every residual on K."""
-    parts = [(r.row_start, r.row_end, r.a_k, r.b_k) for r in residuals if r.a_k is not None and r.b_k is not None]
+    built = [r for r in residuals if r.merged_k is None]
+    parts = [(r.row_start, r.row_end, r.a_k, r.b_k) for r in built if r.a_k is not None and r.b_k is not None]
     for bounds, a_k, b_k in _alike(parts):
         start, end = bounds[0]
         if (end - start) * q.shape[2] > _FOLD_MAX_ROWS:
