@@ -127,7 +127,7 @@ def _fail(error: ForkKVError) -> NoReturn:
 
 @app.command()
 def soak(
-    minutes: Annotated[float, typer.Option(help="How long to go on.", min=0.0)] = 30.0,
+    minutes: Annotated[float, typer.Option(help="How long to go on; 0 for one round of checks.", min=0.0)] = 30.0,
     seed: Annotated[int, typer.Option(help="Of everything: the same seed repeats the same rounds.", min=0)] = 0,
     kv_bytes: Annotated[str, typer.Option(help="KV memory: little, so that everything is evicted all the time.")] = "448KiB",
     max_growth: Annotated[str, typer.Option(help="What the process may grow by after warm-up.")] = "48MiB",

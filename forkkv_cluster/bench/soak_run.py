@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,16 +63,23 @@ class SoakRun:
     def run(self, on_settled: OnSettled = lambda run: None) -> dict[str, Any]:
         """The report; ``failure`` is set when something is wrong."""
         try:
-            while self.elapsed_s < self.options.minutes * 60:
-                for _ in range(self.driver.plan.check_every):
-                    self.driver.round()
-                self._settle()
-                on_settled(self)
+            self._run_until_time_is_up(on_settled)
             self.watch.check_growth()
-            self._check_coverage()
+            self.check_coverage()
         except SoakFailure as failure:
             self.failure = failure
+        except Exception as error:  # a crash is a finding like any other, and of no use without its seed
+            self.failure = SoakFailure("no crash", "".join(traceback.format_exception(error)))
         return self.report()
+
+    def _run_until_time_is_up(self, on_settled: OnSettled) -> None:
+        while True:
+            for _ in range(self.driver.plan.check_every):
+                self.driver.round()
+            self._settle()
+            on_settled(self)
+            if self.elapsed_s >= self.options.minutes * 60:
+                return
 
     def _settle(self) -> None:
         self.driver.settle()
@@ -80,8 +88,8 @@ class SoakRun:
             self._is_warm = True
             self.watch.end_warm_up()
 
-    def _check_coverage(self) -> None:
-        """A long run in which something never happened has shown nothing about it."""
+    def check_coverage(self) -> None:
+        """A long run in which something never happened has shown nothing about it. Raises SoakFailure."""
         if self.driver.num_rounds < MIN_ROUNDS_FOR_COVERAGE:
             return
         counters = self.driver.engine.status().counters
