@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from forkkv_cluster.core.errors import Cancelled, DeadlineExceeded, ForkKVError, Internal, ResourceExhausted
+from forkkv_cluster.core.errors import Cancelled, DeadlineExceeded, ForkKVError, Internal
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import ContextRequest, FinishReason, GenerateRequest, ModelInfo, TokenChunk
 from forkkv_cluster.engine.outputs import StepOutput
@@ -126,9 +126,6 @@ class Ledger:
             return "cancelled"
         if isinstance(error, DeadlineExceeded) and request.deadline_s is not None and request.deadline_s <= now_s:
             return "expired"
-        has_context = isinstance(request, ContextRequest) or request.context_len > 0
-        if isinstance(error, ResourceExhausted) and has_context:
-            return "starved"
         raise SoakFailure("fit results", f"{request.request_id} failed: {error!r}")
 
     def _check_late(self, now_s: float) -> None:

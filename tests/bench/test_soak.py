@@ -24,11 +24,11 @@ from forkkv_cluster.bench.soak_replay import Replay
 from forkkv_cluster.bench.soak_run import SoakOptions, SoakRun
 from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.core.config import SchedulerConfig
-from forkkv_cluster.core.errors import ForkKVError, Internal
+from forkkv_cluster.core.errors import ForkKVError, Internal, ResourceExhausted
 from forkkv_cluster.core.request import SamplingParams, TokenLogprob
 from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
 from forkkv_cluster.engine.engine import Engine
-from forkkv_cluster.engine.outputs import StepOutput
+from forkkv_cluster.engine.outputs import Failure, StepOutput
 from forkkv_cluster.engine.torch_runner import TorchRunner
 from forkkv_cluster.testing.fake_model_runner import FakeModelRunner, FakeSample
 from forkkv_cluster.testing.manual_clock import ManualClock
@@ -187,6 +187,11 @@ def say_other_tokens(made: SoakDriver) -> None:
     runner.run = lambda batch, sampling: [FakeSample((token.token_id + 1) % 97, None) for token in answer(batch, sampling)]
 
 
+def starve(made: SoakDriver) -> None:
+    error = ResourceExhausted("starved", 1.0)
+    every_step(made, lambda output: replace(output, failures=tuple(Failure(f.request_id, error) for f in output.failures)))
+
+
 def stop_short(made: SoakDriver) -> None:
     every_step(made, lambda o: replace(o, chunks=tuple(replace(c, token_ids=()) for c in o.chunks)))
 
@@ -205,6 +210,7 @@ FAULTS: dict[Callable[[SoakDriver], None], str] = {
     refuse_the_sound: "refusals",
     break_a_step: "the engine runs on",
     say_other_tokens: "outputs",
+    starve: "fit results",
     stop_short: "fit results",
 }
 
