@@ -148,8 +148,7 @@ def soak(
             with soak_progress(console, options.minutes) as on_settled:
                 report = run.run(on_settled)
     except ForkKVError as error:
-        console.print(f"[bold red]error[/] {error.message}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
+        _fail(error)
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=2) + "\n")
     Console().print(soak_table(report))
