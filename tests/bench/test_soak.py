@@ -184,7 +184,12 @@ def break_a_step(made: SoakDriver) -> None:
 def say_other_tokens(made: SoakDriver) -> None:
     runner: Any = made.engine._runner
     answer = runner.run
-    runner.run = lambda batch, sampling: [FakeSample((token.token_id + 1) % 97, None) for token in answer(batch, sampling)]
+
+    def other(batch: Any, sampling: Any) -> Any:
+        result = answer(batch, sampling)
+        return replace(result, tokens=tuple(FakeSample((t.token_id + 1) % 97, None) for t in result.tokens))
+
+    runner.run = other
 
 
 def starve(made: SoakDriver) -> None:
@@ -234,12 +239,13 @@ class CloseRunner(FakeModelRunner):
 
     margin = 0.0
 
-    def run(self, batch: Any, sampling: Sequence[tuple[Any, int]]) -> list[FakeSample]:
+    def run(self, batch: Any, sampling: Sequence[tuple[Any, int]]) -> Any:
         def with_top(token: int) -> FakeSample:
             top = ((token, -1.0), ((token + 1) % 97, -1.0 - self.margin))
             return FakeSample(token, TokenLogprob(token, -1.0, top))
 
-        return [with_top(sample.token_id) for sample in super().run(batch, sampling)]
+        result = super().run(batch, sampling)
+        return replace(result, tokens=tuple(with_top(sample.token_id) for sample in result.tokens))
 
 
 def replay_of_a_swapped_token(margin: float) -> Replay:
