@@ -20,10 +20,10 @@ CONSTRAINTS := deploy/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint $(CONSTRAINTS)
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 
-.PHONY: help setup demo test lint serve protos bench clean
+.PHONY: help setup demo test test-slow lint serve protos bench soak clean
 
 help:  ## Show the verbs
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-8s %s\n' "$$verb" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-9s %s\n' "$$verb" "$$text"; done
 
 # torch goes first and without its dependencies: a build for CUDA, gigabytes of libraries that nothing here uses, is then
 # refused by name before pip follows it.
@@ -45,6 +45,9 @@ demo: $(READY)  ## Eight agents over one document, shared and not, on a cluster 
 test: $(READY)  ## The tests, without those marked slow or gpu
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
+test-slow: $(READY)  ## The tests marked slow: the state machines for many more steps, others on each run
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
 lint: $(READY)  ## ruff, mypy, and whether generated files are fresh
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -60,6 +63,9 @@ protos: $(READY)  ## Write forkkv_cluster/api from protos/
 
 bench: $(READY)  ## The trace written by hand, against the engine in this process
 	@$(BIN)/forkkv bench trace loadtests/traces/hand.jsonl --target offline $(ARGS)
+
+soak: $(READY)  ## Half an hour of random agents on an engine with too little memory (ARGS="--minutes 3 --seed 1")
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/forkkv bench soak $(ARGS)
 
 clean:  ## Remove the virtual environment, caches and local state
 	@rm -rf $(VENV) build dist *.egg-info .forkkv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,10 +18,11 @@ from forkkv_cluster.bench.measurement import check_can_write, measurement_table,
 from forkkv_cluster.bench.offline import OfflineTarget
 from forkkv_cluster.bench.report_table import report_tables
 from forkkv_cluster.bench.runner import RunResult, run_trace
+from forkkv_cluster.bench.soak_view import soak_progress, soak_table
 from forkkv_cluster.bench.target import Target
 from forkkv_cluster.bench.trace import Trace
 from forkkv_cluster.bench.trace_file import load_trace
-from forkkv_cluster.core.config import ClusterConfig, parse_config
+from forkkv_cluster.core.config import ClusterConfig, parse_bytes, parse_config
 from forkkv_cluster.core.errors import ForkKVError, InvalidArgument
 from forkkv_cluster.core.request import Sharing, WriterMode
 
@@ -122,6 +123,49 @@ def _fail(error: ForkKVError) -> NoReturn:
     console.print("[bold red]error[/] ", end="")
     console.print(error.message, markup=False, highlight=False)
     raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="How long to go on; 0 for one round of checks.", min=0.0)] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of everything: the same seed repeats the same rounds.", min=0)] = 0,
+    kv_bytes: Annotated[str, typer.Option(help="KV memory: little, so that everything is evicted all the time.")] = "448KiB",
+    max_growth: Annotated[str, typer.Option(help="What the process may grow by after warm-up.")] = "48MiB",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+) -> None:
+    """Random agents, cancels, deadlines, reloads and bad requests on an engine of this process, checked all the time.
+
+    Ends with code 1, the seed and the check that failed when something is wrong.
+    """
+    from forkkv_cluster.bench.soak_run import SoakOptions, make_run  # Here: they need torch.
+
+    try:
+        options = SoakOptions(
+            seed, minutes, _parse_size("--kv-bytes", kv_bytes), max_growth_bytes=_parse_size("--max-growth", max_growth)
+        )
+        with tempfile.TemporaryDirectory(prefix="forkkv-soak-") as directory:
+            run = make_run(options, Path(directory))
+            with soak_progress(console, options.minutes) as on_settled:
+                report = run.run(on_settled)
+    except ForkKVError as error:
+        _fail(error)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    Console().print(soak_table(report))
+    if run.failure is not None:
+        console.print(
+            f"[bold red]failed[/] seed {seed}, round {run.driver.num_rounds}: {run.failure.message}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+
+
+def _parse_size(option: str, value: str) -> int:
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise InvalidArgument(option, value, str(error), "Write for example 448KiB.") from None
 
 
 def parse_adapters(values: list[str]) -> dict[str, str]:

@@ -103,14 +103,11 @@ class Admission:
             )
 
     def _check_memory(self, num_tokens: int, needs: ContextNeeds | None) -> None:
-        """Even an empty pool must hold the whole sequence, else it would wait for ever."""
-        size = self._geometry.page_size
-        wanted = (-(-num_tokens // size) + 1) * self._geometry.page_bytes(None)
-        if needs is not None:
-            pages = -(-needs.context_len // size)
-            wanted += sum(pages * self._geometry.page_bytes(t.key.rank_class) for t in needs.required)
-            # Slabs of each rank class are filled separately: one may be left open per class.
-            wanted += len({t.key.rank_class for t in needs.required}) * self._geometry.slab_bytes
+        """Even an empty pool must hold the whole sequence, else it would wait for ever; and before it, where a first writer
+        writes the context, that with the writer's residual."""
+        wanted = self._kv_needed(num_tokens, needs.context_len, needs.required) if needs else self._kv_needed(num_tokens, 0, ())
+        if needs is not None and needs.writer is not None:
+            wanted = max(wanted, self._kv_needed(needs.context_len, needs.context_len, (needs.writer,)))
         total = self._geometry.num_slabs(self._kv_bytes) * self._geometry.slab_bytes
         if wanted > total:
             raise InvalidArgument(
@@ -119,6 +116,15 @@ class Admission:
                 f"needs {wanted} bytes of KV, the worker has {total}",
                 "Shorten the prompt, lower max_tokens, or give the worker more kv_bytes.",
             )
+
+    def _kv_needed(self, num_tokens: int, context_len: int, residuals: tuple[ResidualTarget, ...]) -> int:
+        """Bytes of base KV of ``num_tokens`` and of the residuals of the context."""
+        size = self._geometry.page_size
+        context_pages = -(-context_len // size)
+        base = (-(-num_tokens // size) + 1) * self._geometry.page_bytes(None)
+        # Slabs of each rank class are filled separately: one may be left open per class.
+        open_slabs = len({t.key.rank_class for t in residuals}) * self._geometry.slab_bytes
+        return base + open_slabs + sum(context_pages * self._geometry.page_bytes(t.key.rank_class) for t in residuals)
 
     # --- context ----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from forkkv_cluster.engine.context_planner import PassPlan, match_needs, next_pa
 from forkkv_cluster.engine.sequence import ContextPass, Demand, Runnable, Scheduled, Turn, Waiting, note_match
 
 MAX_PASSES_PER_REQUEST = 8
-"""Context passes one request may cause. More means that its context is evicted faster than it can be written."""
+"""Context passes one request may cause beside others. After them it waits until nothing runs that could evict what it
+writes; as many again, alone, mean that nothing can help."""
 
 
 class _Outcome(enum.Enum):
@@ -189,7 +190,9 @@ class Scheduler:
         return turn
 
     def _start_pass(self, entry: Waiting, wanted: PassPlan, plan: StepPlan) -> ContextPass | _Outcome:
-        if entry.num_passes >= MAX_PASSES_PER_REQUEST:
+        if entry.num_passes >= MAX_PASSES_PER_REQUEST and self._running:
+            return _Outcome.NO_ROOM
+        if entry.num_passes >= 2 * MAX_PASSES_PER_REQUEST:
             self._waiting.remove(entry)
             plan.starved.append(entry)
             return _Outcome.ENDED
