@@ -7,6 +7,7 @@ as text: nothing that the model said is lost, but whitespace around calls.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +91,7 @@ class _MarkedParser(_Parser):
     def __init__(self) -> None:
         super().__init__()
         self._is_blank = True  # so far only whitespace and calls
+        self._lead = ""  # whitespace before the mark, dropped unless no call follows
 
     def _step(self, *, is_end: bool) -> list[Item] | None:
         if self._is_inside:
@@ -106,6 +108,7 @@ class _MarkedParser(_Parser):
 
     def _outside(self, text: str, *, is_before_call: bool) -> list[Item]:
         is_dropped = not text.strip() and self._is_blank and is_before_call
+        self._lead = text if is_dropped else ""
         self._is_blank = is_before_call or (self._is_blank and not text.strip())
         return [] if is_dropped else self._text(text)
 
@@ -133,7 +136,7 @@ class HermesParser(_MarkedParser):
         calls = _calls(body)
         if not calls:
             self._is_blank = False
-        return calls or [self.mark + body + self.closing * is_closed]
+        return calls or [self._lead + self.mark + body + self.closing * is_closed]
 
 
 class MistralParser(_MarkedParser):
@@ -143,24 +146,34 @@ class MistralParser(_MarkedParser):
 
     def _call(self, *, is_end: bool) -> list[Item] | None:
         begun = self._held.lstrip()
-        start = begun.find("{") if begun[:1] not in ("[", "{") else 0
-        if not begun or start < 0:
-            return self._give_up() if is_end else None
-        value, end = _scan(begun, start)
+        if not is_end and self.mark.startswith(begun):
+            return None  # nothing yet, or what may be a list or another mark
+        start = 0 if begun[:1] in ("[", "{") else begun.find("{")
+        head = begun[:start] if start >= 0 else begun
+        if _NOT_IN_HEAD.search(head):
+            return self._give_up()
+        value, end = _scan(begun, start) if start >= 0 else (None, None)
         if end is None:
             return self._give_up() if is_end or value is _MALFORMED else None
-        name = begun[:start].replace("[CALL_ID]", " ").removesuffix("[ARGS]").split()
-        calls: list[Item] = [ToolCall(name[0], _dumped(value))] if name else _calls_of(value)
+        calls = _calls_of(value) if not head else self._named(head, value)
         if not calls:
             return self._give_up()
         self._held, self._is_inside = begun[end:], False
         return calls
 
+    def _named(self, head: str, value: Any) -> list[Item]:
+        name = _HEAD.fullmatch(head)
+        return [ToolCall(name[1], _dumped(value))] if name else []
+
     def _give_up(self) -> list[Item]:
+        """No call: the mark is text, and what follows it is read as if it had not been there."""
         self._is_inside, self._is_blank = False, False
-        before, mark, after = self._held.partition(self.mark)
-        self._held = mark + after
-        return [self.mark + before]
+        return [self._lead + self.mark]
+
+
+_HEAD = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*")
+"""What stands before the arguments of a named call."""
+_NOT_IN_HEAD = re.compile(r"[^\w.\-\[\]\s]")
 
 
 class Llama3Parser(_Parser):

@@ -44,6 +44,8 @@ ANSWERS = [
     (MISTRAL, '[TOOL_CALLS]look_up{"word": "caf\u00e9"}[TOOL_CALLS]f[ARGS]{}', [LOOK_UP, ToolCall("f", "{}")]),
     (MISTRAL, f"Well. [TOOL_CALLS][{CALL}]", ["Well. ", LOOK_UP]),
     (MISTRAL, "[TOOL_CALLS] [1]", ["[TOOL_CALLS] [1]"]),
+    (MISTRAL, " [TOOL_CALLS]", [" [TOOL_CALLS]"]),
+    (HERMES, "\n<tool_call>no</tool_call>", ["\n<tool_call>no</tool_call>"]),
     (MISTRAL, "[TOOL_CALLS][{name: no}]", ["[TOOL_CALLS][{name: no}]"]),
     (LLAMA3, BARE, [LOOK_UP]),
     (LLAMA3, f" {BARE}; {BARE}", [LOOK_UP, LOOK_UP]),
