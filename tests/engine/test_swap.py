@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from forkkv_cluster.cache.geometry import KVGeometry
-from forkkv_cluster.cache.swaps import PageSwap, group_by_class
+from forkkv_cluster.cache.swaps import PageSwap, SwapPlan, group_by_class
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument
 from forkkv_cluster.engine.batch import Batch
+from forkkv_cluster.engine.batch_builder import build_batch
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.page_copies import copy_in, copy_out
 from forkkv_cluster.engine.torch_runner import TorchRunner
@@ -133,3 +134,13 @@ def test_a_host_tier_smaller_than_a_slab_is_refused_by_name(tiny_kit: TinyKit) -
     with pytest.raises(InvalidArgument) as caught:
         runner.allocate(2**24, 100)
     assert caught.value.field == "cache.host_bytes"
+
+
+def test_a_page_is_read_out_before_another_is_read_into_it(tiny_kit: TinyKit) -> None:
+    runner = TinyEngine(tiny_kit, 16, num_host_slabs=4).runner
+    device, host = runner.kv.pages(None), runner.host_kv.pages(None)  # type: ignore[attr-defined]
+    device[:, :, 0], host[:, :, 1] = 1.0, 2.0
+    plan = SwapPlan(outs=group_by_class([(None, 0, 0)]), ins=group_by_class([(None, 0, 1)]))
+    runner.swap(build_batch([], 16, plan))
+    assert (host[:, :, 0] == 1.0).all()
+    assert (device[:, :, 0] == 2.0).all()
