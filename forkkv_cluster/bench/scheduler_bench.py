@@ -32,7 +32,7 @@ class NoDevice:
     info = MODEL
     geometry = GEOMETRY
 
-    def allocate(self, kv_bytes: int) -> None:
+    def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None:
         """Bookkeeping alone: no arena."""
 
     def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]:
@@ -43,6 +43,9 @@ class NoDevice:
 
     def residual_rank(self, slot: int) -> int:
         raise Internal("the scheduler benchmark runs the base model.")
+
+    def swap(self, batch: Batch) -> None:
+        raise Internal("the scheduler benchmark has no host tier.")
 
     def run(self, batch: Batch, sampling: Sequence[object]) -> list[None]:
         raise Internal("the scheduler benchmark runs no batch.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from forkkv_cluster.cache.host_tier import HostEntry, HostTier, Slot
 from forkkv_cluster.cache.kv_memory import KVMemory
 from forkkv_cluster.cache.lease_book import LeaseBook
 from forkkv_cluster.cache.leases import ContextLease, ContextMatch, ResidualPlan
@@ -13,6 +15,15 @@ from forkkv_cluster.cache.page_pool import PageClass
 from forkkv_cluster.cache.tree_nodes import Node, PathRecord, Residual, ResidualKey
 from forkkv_cluster.core.ids import BlockHash
 from forkkv_cluster.core.prefix import PrefixKey, TokenArray, partial_hash
+
+
+class HostRun(NamedTuple):
+    """Entries that would complete shared context up to block ``reach``, and the prompt tokens that they save."""
+
+    entries: list[HostEntry]
+    reach: int
+    num_bytes: int
+    num_tokens: int
 
 
 class ContextCache:
@@ -93,6 +104,37 @@ class ContextCache:
             self._memory.free(plan.key.rank_class, [int(p) for p in unfiled])
         self._unpin(lease)
 
+    def restore(self, key: PrefixKey, tokens: TokenArray, context_len: int, residuals: Sequence[ResidualKey]) -> None:
+        """Bring back from the host what would let a pass that needs ``residuals`` start later, if that is cheaper.
+
+        All or nothing; nothing where there is no room for it.
+        """
+        host = self._memory.host
+        if host is None or len(host) == 0:
+            return
+        blocks, tail = self._base_match(key, tokens, context_len)
+        found = self._on_host(host, key, tokens, context_len, blocks, tail, residuals)
+        if found.num_tokens <= 0 or not host.estimate.pays(found.num_bytes, found.num_tokens):
+            return
+        is_whole = found.reach * self._page_size >= context_len
+        reach_len = min(found.reach * self._page_size, context_len)
+        blocks, tail = blocks[: found.reach], tail if is_whole else None
+        plans = [
+            self._plan(blocks, 0, residual, reach_len)
+            for residual in residuals
+            if self._residual_len(blocks, tail, residual) < reach_len
+        ]
+        lease = self._lease(key, tokens, reach_len, blocks, tail, 0, plans)
+        host.take(found.entries)
+        self._book.add(lease)
+        if self._claim(lease):
+            self._swap_in(host, lease, found)
+            self.release(lease)
+            return
+        self._book.remove(lease)
+        self._unpin(lease)
+        host.put_back(found.entries)
+
     # --- matching ---------------------------------------------------------------------------------------------------
 
     def _base_match(self, key: PrefixKey, tokens: TokenArray, context_len: int) -> tuple[Sequence[BlockHash], Node | None]:
@@ -111,6 +153,57 @@ class ContextCache:
             return tail.end
         entry = self._tree.match_residual(blocks, len(blocks), key)
         return (entry.node.depth + 1) * self._page_size if entry is not None else 0
+
+    def _path(self, key: PrefixKey, tokens: TokenArray, context_len: int) -> list[BlockHash]:
+        """Hashes of all blocks of the context, the partly filled tail's with them."""
+        tail_hash = self.tail_hash(key, tokens, context_len)
+        return [*key.context[: context_len // self._page_size], *((tail_hash,) if tail_hash is not None else ())]
+
+    def slots(self, key: PrefixKey, tokens: TokenArray, context_len: int, residuals: Sequence[ResidualKey]) -> list[Slot]:
+        """What the context consists of, block by block from its start: base KV, then the residuals over it."""
+        kinds = (None, *dict.fromkeys(residuals))
+        return [(block, kind) for block in self._path(key, tokens, context_len) for kind in kinds]
+
+    # --- restoring --------------------------------------------------------------------------------------------------
+
+    def _on_host(
+        self,
+        host: HostTier,
+        key: PrefixKey,
+        tokens: TokenArray,
+        context_len: int,
+        blocks: Sequence[BlockHash],
+        tail: Node | None,
+        residuals: Sequence[ResidualKey],
+    ) -> HostRun:
+        """What continues the device's match of base KV and of every one of ``residuals``, as far as all of them reach."""
+        size, path, tokens = self._page_size, self._path(key, tokens, context_len), tokens[:context_len]
+        num_here: dict[ResidualKey | None, int] = {None: len(blocks) + (tail is not None)}
+        runs: dict[ResidualKey | None, list[HostEntry]] = {None: host.run(path[num_here[None] :], None, tokens)}
+        for residual in dict.fromkeys(residuals):
+            num_here[residual] = -(-self._residual_len(blocks, tail, residual) // size)
+            runs[residual] = host.run(path[num_here[residual] :], residual, tokens)
+        reach = min(num_here[kind] + len(run) for kind, run in runs.items())
+        entries = [entry for kind, run in runs.items() for entry in run[: max(0, reach - num_here[kind])]]
+        num_bytes = sum(self._memory.geometry.page_bytes(entry.page_class) for entry in entries)
+        num_tokens = min(reach * size, context_len) - min(num_here.values()) * size
+        return HostRun(entries, reach, num_bytes, num_tokens)
+
+    def _swap_in(self, host: HostTier, lease: ContextLease, found: HostRun) -> None:
+        """File every page of ``lease`` as the copy of its entry; the copies are made before the next step."""
+        entries: dict[Slot, HostEntry] = {entry.slot: entry for entry in found.entries}
+        while lease.num_blocks_in_tree < lease.num_pages:
+            block = lease.num_blocks_in_tree
+            self._file_base(lease)
+            if lease.is_detached:
+                break
+            host.swap_in(entries.pop((self._hash(lease, block), None)), int(lease.record.pages[block]))
+        for plan in lease.residuals:
+            while plan.block < lease.num_blocks_in_tree:
+                block = plan.block
+                self._file_residual(lease, plan)
+                host.swap_in(entries.pop((self._hash(lease, block), plan.key)), int(plan.pages[block]))
+        host.give_up(list(entries.values()))
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +228,8 @@ class ContextCache:
         run_start: int,
         plans: list[ResidualPlan],
     ) -> ContextLease:
-        record = PathRecord(tokens[:context_len], np.zeros(-(-context_len // self._page_size), dtype=np.int32))
+        pages = np.zeros(-(-context_len // self._page_size), dtype=np.int32)
+        record = PathRecord(tokens[:context_len], pages, key.owner)
         deepest = tail if tail is not None else (self._tree.find(blocks[-1], tokens) if blocks else None)
         num_blocks = 0
         if deepest is not None and deepest.record is not None:
@@ -217,11 +311,11 @@ class ContextCache:
         if node is None:
             parent = self._hash(lease, block - 1) if block else lease.key.context_seed
             node = self._tree.insert(block_hash, parent, None, page, block, end, end - block * self._page_size, lease.record)
-            if self._memory.is_whole(node):
-                self._memory.events.base_stored(block_hash)
+            self._memory.base_filed(node)
         elif node.page is not None and node.page != page:
             lease.record.pages[block] = node.page
             self._memory.free(None, [page])
+        node.is_private_tail = False
         self._tree.pin(node)
         if lease.pinned is not None:
             self._tree.unpin(lease.pinned)
@@ -236,8 +330,8 @@ class ContextCache:
         if entry.page != page:
             plan.pages[plan.block] = entry.page
             self._memory.free(plan.key.rank_class, [page])
-        elif self._memory.is_whole(node):
-            self._memory.events.residual_stored(plan.key, block_hash)
+        else:
+            self._memory.residual_filed(entry)
         self._tree.pin(entry)
         if plan.pinned is not None:
             self._tree.unpin(plan.pinned)

@@ -33,6 +33,7 @@ class DualRadixTree:
         self._nodes: dict[BlockHash, Node] = {}  # whole blocks and tails, by chained hash
         self._seeds: dict[BlockHash, Node] = {}  # roots and fork points: no page
         self._lru: LruList[Node | Residual] = LruList()
+        self._kept: LruList[Node | Residual] = LruList()  # evicted when nothing else is left
         self._on_evict_base = on_evict_base
         self._on_evict_residual = on_evict_residual
         self._clock = 0
@@ -44,7 +45,7 @@ class DualRadixTree:
     @property
     def num_evictable(self) -> int:
         """Entries that could be evicted right now (evicting them makes their parents evictable)."""
-        return len(self._lru)
+        return len(self._lru) + len(self._kept)
 
     def nodes(self) -> Iterator[Node]:
         """All nodes that hold a page, in no particular order."""
@@ -55,7 +56,10 @@ class DualRadixTree:
 
     def is_listed(self, entry: Node | Residual) -> bool:
         """Whether the entry stands in the eviction order."""
-        return entry in self._lru
+        return entry in self._order(entry)
+
+    def _order(self, entry: Node | Residual) -> LruList[Node | Residual]:
+        return self._kept if entry.is_kept else self._lru
 
     # --- matching -----------------------------------------------------------------------------------------------
 
@@ -145,7 +149,7 @@ class DualRadixTree:
             parent = self._new_seed(parent_hash, fork_parent)
         node = Node(block_hash, parent, page, depth, end, length, record)
         parent.children[block_hash] = node
-        self._lru.discard(parent)
+        self._order(parent).discard(parent)
         self._nodes[block_hash] = node
         self.touch(node)
         return node
@@ -165,8 +169,8 @@ class DualRadixTree:
         node.residuals[key] = residual
         if above is not None:
             above.num_children += 1
-            self._lru.discard(above)
-        self._lru.add_newest(residual)
+            self._order(above).discard(above)
+        self._order(residual).add_newest(residual)
         return residual
 
     def _new_seed(self, seed: BlockHash, fork_parent: BlockHash | None) -> Node:
@@ -180,7 +184,7 @@ class DualRadixTree:
         )
         if above is not None:
             above.forks[seed] = node
-            self._lru.discard(above)
+            self._order(above).discard(above)
         self._seeds[seed] = node
         return node
 
@@ -189,7 +193,7 @@ class DualRadixTree:
     def pin(self, entry: Node | Residual) -> None:
         """Protect the entry and, through it, everything above it."""
         entry.pins += 1
-        self._lru.discard(entry)
+        self._order(entry).discard(entry)
 
     def unpin(self, entry: Node | Residual) -> None:
         """Undo one pin; the entry becomes the most recently used."""
@@ -198,20 +202,35 @@ class DualRadixTree:
         entry.pins -= 1
         self.touch(entry if isinstance(entry, Node) else entry.node)
         if isinstance(entry, Residual) and entry.is_evictable:
-            self._lru.add_newest(entry)
+            self._order(entry).add_newest(entry)
 
     def touch(self, node: Node) -> None:
         """The node is the most recently used."""
         self._clock += 1
         node.last_used = self._clock
         if node.is_evictable:
-            self._lru.add_newest(node)
+            self._order(node).add_newest(node)
+
+    def set_kept(self, entry: Node | Residual, is_kept: bool) -> None:
+        """Whether the entry is evicted after all others; within both groups the least recently used goes first.
+
+        One that is kept no longer goes next: whoever asked for it has left.
+        """
+        if entry.is_kept == is_kept:
+            return
+        was_listed = self.is_listed(entry)
+        self._order(entry).discard(entry)
+        entry.is_kept = is_kept
+        if was_listed and is_kept:
+            self._order(entry).add_newest(entry)
+        elif was_listed:
+            self._order(entry).add_oldest(entry)
 
     # --- eviction -----------------------------------------------------------------------------------------------
 
     def evict_oldest(self) -> bool:
         """Evict the least recently used leaf: a residual page, or a base page with its residuals. False: nothing left."""
-        entry = self._lru.oldest()
+        entry = self._lru.oldest() or self._kept.oldest()
         if entry is None:
             return False
         if isinstance(entry, Residual):
@@ -232,7 +251,7 @@ class DualRadixTree:
             raise ValueError("node is pinned, has children, or holds no page")
         for residual in list(node.residuals.values()):
             self._drop_residual(residual)
-        self._lru.discard(node)
+        self._order(node).discard(node)
         del self._nodes[node.hash]
         self._on_evict_base(node)
         self._detach(node)
@@ -240,12 +259,12 @@ class DualRadixTree:
     def _drop_residual(self, residual: Residual) -> None:
         node = residual.node
         del node.residuals[residual.key]
-        self._lru.discard(residual)
+        self._order(residual).discard(residual)
         above = node.parent.residuals.get(residual.key) if node.parent is not None else None
         if above is not None:
             above.num_children -= 1
             if above.is_evictable:
-                self._lru.add_oldest(above)  # the rest of the run goes next: half a context's residual serves nobody
+                self._order(above).add_oldest(above)  # the rest of the run goes next: half a context's residual serves nobody
         self._on_evict_residual(residual)
 
     def _detach(self, node: Node) -> None:
@@ -261,6 +280,6 @@ class DualRadixTree:
                 self._detach(parent)
         elif parent.is_evictable:
             if is_newer:
-                self._lru.add_newest(parent)  # used by somebody else since
+                self._order(parent).add_newest(parent)  # used by somebody else since
             else:
-                self._lru.add_oldest(parent)  # last used with its child: it goes next
+                self._order(parent).add_oldest(parent)  # last used with its child: it goes next

@@ -6,8 +6,10 @@ Run after every rule of the stateful tests, in soak runs and on demand; costs O(
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from forkkv_cluster.cache.dual_radix_tree import DualRadixTree
+from forkkv_cluster.cache.host_tier import HostTier, Slot
 from forkkv_cluster.cache.kv_memory import KVMemory
 from forkkv_cluster.cache.lease_book import LeaseBook
 from forkkv_cluster.cache.leases import ContextLease
@@ -20,6 +22,9 @@ def check_invariants(memory: KVMemory, book: LeaseBook) -> None:
     """Raise Internal that lists every broken promise; return when there is none."""
     merged = [] if memory.merged.is_consistent() else ["merged keys do not lie in what they borrow"]
     problems = [*merged, *_tree_problems(memory.tree), *_page_problems(memory, book), *_pin_problems(memory.tree, book)]
+    problems += _hint_problems(memory)
+    if memory.host is not None:
+        problems += _host_problems(memory.host, memory.tree)
     if problems:
         raise Internal("KV memory invariants are broken: " + "; ".join(problems[:10]))
 
@@ -98,3 +103,46 @@ def _pin_problems(tree: DualRadixTree, book: LeaseBook) -> list[str]:
     problems = [f"an entry has {e.pins} pins, leases hold {expected[e]}" for e in entries if e.pins != expected[e]]
     gone = set(expected) - set(entries)
     return problems + ([f"{len(gone)} pinned entries are not in the tree"] if gone else [])
+
+
+def _hint_problems(memory: KVMemory) -> list[str]:
+    """Hints cover at most their share of the pool, and exactly the entries that are marked."""
+    problems = []
+    if memory.hints.kept_bytes > memory.hints.max_bytes:
+        problems.append(f"hints cover {memory.hints.kept_bytes} bytes of at most {memory.hints.max_bytes}")
+    for slot, entry in _device_slots(memory.tree):
+        if entry.is_kept != (slot in memory.hints):
+            problems.append(f"{slot[0].hex()[:8]} ({slot[1]}) is {'' if entry.is_kept else 'not '}kept, wrongly")
+    return problems
+
+
+def _host_problems(host: HostTier, tree: DualRadixTree) -> list[str]:
+    """Nothing is in both places; all that is here has its support; each page has one owner, counting those that leave."""
+    on_device = dict(_device_slots(tree))
+    problems, owners = [], Counter[tuple[PageClass, int]]()
+    for entry in host.entries():
+        name = f"host page of {entry.slot[0].hex()[:8]} ({entry.slot[1]})"
+        owners[entry.page_class, entry.page] += 1
+        if entry.slot in on_device:
+            problems.append(f"{name} is on the device, too")
+        if any(need not in on_device and need not in host for need in entry.needs):
+            problems.append(f"{name} lacks what it depends on")
+        if host.is_listed(entry) != (not any(host.dependents(entry.slot))):
+            problems.append(f"{name} is wrongly in or out of the eviction order")
+    for page_class, page, entry in host.swap_ins():
+        owners[page_class, entry.page] += 1
+        node = on_device.get(entry.slot)
+        if node is None or node.page != page:
+            problems.append(f"a swap-in is due to page {page} of class {page_class}, which does not hold its block")
+    problems += [f"host page {page} of class {c} has {n} owners" for (c, page), n in owners.items() if n > 1]
+    for page_class in host.pool.page_classes():
+        owned = sum(1 for c, _ in owners if c == page_class)
+        if owned != host.pool.num_allocated(page_class):
+            problems.append(f"{host.pool.num_allocated(page_class)} host pages of class {page_class}, {owned} with an owner")
+    return problems
+
+
+def _device_slots(tree: DualRadixTree) -> Iterator[tuple[Slot, Node | Residual]]:
+    for node in tree.nodes():
+        yield (node.hash, None), node
+        yield from (((node.hash, key), residual) for key, residual in node.residuals.items())

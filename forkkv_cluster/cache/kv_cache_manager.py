@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from forkkv_cluster.cache.context_cache import ContextCache
 from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.holdings import Holdings
+from forkkv_cluster.cache.host_tier import HostTier
 from forkkv_cluster.cache.invariants import check_invariants
 from forkkv_cluster.cache.kv_memory import KVMemory
 from forkkv_cluster.cache.lease_book import LeaseBook
@@ -16,6 +18,8 @@ from forkkv_cluster.cache.leases import ContextLease, ContextMatch, SequenceLeas
 from forkkv_cluster.cache.merged_keys import MergedIdentity
 from forkkv_cluster.cache.page_pool import PageClass
 from forkkv_cluster.cache.sequence_cache import SequenceCache
+from forkkv_cluster.cache.swap_estimate import SwapEstimate
+from forkkv_cluster.cache.swaps import NO_SWAPS, SwapPlan
 from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.events import CacheEvent
 from forkkv_cluster.core.prefix import PrefixKey, TokenArray
@@ -25,10 +29,11 @@ from forkkv_cluster.core.status import PoolStatus
 class KVCacheManager:
     """Pages of one engine. Pure bookkeeping: page ids, no tensors. Not thread-safe."""
 
-    def __init__(self, geometry: KVGeometry, kv_bytes: int, merged_share: float = 0.5) -> None:
-        """``merged_share``: of the memory, at most, that whole K of adapters may borrow while it is free (``MergedKeys``)."""
+    def __init__(self, geometry: KVGeometry, kv_bytes: int, host_bytes: int = 0, merged_share: float = 0.5) -> None:
+        """``host_bytes``: budget of the host tier, 0 for none. ``merged_share``: of kv_bytes, at most, that whole K of adapters
+        may borrow while it is free (``MergedKeys``). Raises InvalidArgument when a budget holds no slab."""
         self.geometry = geometry
-        self._memory = KVMemory(geometry, kv_bytes, merged_share)
+        self._memory = KVMemory(geometry, kv_bytes, host_bytes, merged_share)
         self._book = LeaseBook()
         self._sequences = SequenceCache(self._memory, self._book)
         self._contexts = ContextCache(self._memory, self._book)
@@ -38,6 +43,32 @@ class KVCacheManager:
     def match_context(self, key: PrefixKey, tokens: TokenArray, context_len: int, residual: ResidualKey | None) -> ContextMatch:
         """How much of tokens[:context_len] is here. Mutates nothing."""
         return self._contexts.match(key, tokens, context_len, residual)
+
+    def restore_context(
+        self, key: PrefixKey, tokens: TokenArray, context_len: int, residuals: Sequence[ResidualKey] = ()
+    ) -> None:
+        """Bring back from the host what of a context is cheaper to copy than to run; ``match_context`` sees it then."""
+        self._contexts.restore(key, tokens, context_len, residuals)
+
+    def keep_context(
+        self,
+        name: str,
+        key: PrefixKey,
+        tokens: TokenArray,
+        context_len: int,
+        residuals: Sequence[ResidualKey],
+        expires_s: float,
+    ) -> None:
+        """A session's hint: evict this context after all others until ``expires_s``, or until it is released."""
+        self._memory.keep(name, self._contexts.slots(key, tokens, context_len, residuals), expires_s)
+
+    def release_hint(self, name: str) -> None:
+        """The session needs its context no longer. Unknown names are ignored."""
+        self._memory.release_hint(name)
+
+    def expire_hints(self, now_s: float) -> None:
+        """End the hints that have run out by ``now_s``."""
+        self._memory.expire_hints(now_s)
 
     def open_context(
         self,
@@ -109,6 +140,22 @@ class KVCacheManager:
         """Bytes that whole K of adapters borrows, of memory that nobody else needs now."""
         return self._memory.merged.bytes_held
 
+    # --- host tier --------------------------------------------------------------------------------------------------
+
+    def take_swaps(self) -> SwapPlan:
+        """Copies decided since the last call: to be made before pages are next written."""
+        return self._memory.host.take_swaps() if self._memory.host is not None else NO_SWAPS
+
+    @property
+    def swap_estimate(self) -> SwapEstimate | None:
+        """Where measured rates go; None without a host tier."""
+        return self._memory.host.estimate if self._memory.host is not None else None
+
+    @property
+    def host(self) -> HostTier | None:
+        """The host tier's own facts; None without one."""
+        return self._memory.host
+
     # --- facts ------------------------------------------------------------------------------------------------------
 
     def take_events(self) -> tuple[CacheEvent, ...]:
@@ -130,6 +177,19 @@ class KVCacheManager:
     @property
     def num_evictions(self) -> int:
         return self._memory.num_evictions
+
+    @property
+    def holdings(self) -> Holdings:
+        """Bytes of filed pages by owner and adapter, and what sharing saves."""
+        return self._memory.holdings
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        """Bytes by the tenant who first needed them, pages that leases have not filed yet included. O(leases)."""
+        return dict(self._memory.holdings.by_owner + self._book.unfiled_bytes(self.geometry))
+
+    def kept_bytes(self) -> dict[str, int]:
+        """Bytes that each hint covers, by name."""
+        return self._memory.hints.bytes_by_name()
 
     @property
     def total_bytes(self) -> int:

@@ -1,21 +1,28 @@
-"""The pool and the tree together: allocation that evicts, the events it causes, and the bytes it holds."""
+"""The pool and the tree together: allocation that evicts (to the host tier, where there is one), the events it causes,
+what is kept for longer, and the bytes it holds."""
 
 from __future__ import annotations
 
 from forkkv_cluster.cache.dual_radix_tree import DualRadixTree
 from forkkv_cluster.cache.event_log import EventLog
 from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.holdings import Holdings
+from forkkv_cluster.cache.host_tier import HostTier, Slot
+from forkkv_cluster.cache.keep_hints import KeepHints
 from forkkv_cluster.cache.lease_book import LeaseBook
 from forkkv_cluster.cache.merged_keys import MergedKeys
 from forkkv_cluster.cache.page_pool import PageClass, PagePool
 from forkkv_cluster.cache.tree_nodes import Node, Residual
 from forkkv_cluster.core.events import CacheEvent
 
+MAX_KEPT_FRACTION = 0.5
+"""Of the pool: what hints may cover together."""
+
 
 class KVMemory:
-    """Owns the page pool and the DualRadixTree of one engine. Not thread-safe."""
+    """Owns the page pool, the DualRadixTree and the host tier of one engine. Not thread-safe."""
 
-    def __init__(self, geometry: KVGeometry, kv_bytes: int, merged_share: float = 0.5) -> None:
+    def __init__(self, geometry: KVGeometry, kv_bytes: int, host_bytes: int = 0, merged_share: float = 0.5) -> None:
         """``merged_share``: of the memory, at most, that ``MergedKeys`` may borrow."""
         self.geometry = geometry
         self.pool = PagePool(geometry, geometry.num_slabs(kv_bytes))
@@ -25,6 +32,9 @@ class KVMemory:
         self.peak_base_bytes = 0
         self.peak_residual_bytes = 0
         self.events = EventLog()
+        self.host = HostTier(geometry, host_bytes) if host_bytes else None
+        self.hints = KeepHints(int(self.total_bytes * MAX_KEPT_FRACTION))
+        self.holdings = Holdings(geometry)
 
     # --- allocation -----------------------------------------------------------------------------------------------
 
@@ -62,6 +72,74 @@ class KVMemory:
         """
         while len(book) == 0 and self.tree.evict_oldest():
             pass
+
+    # --- filing and evicting ----------------------------------------------------------------------------------------
+
+    def base_filed(self, node: Node) -> None:
+        """A new node is in the tree: tell whoever has to know."""
+        if self.is_whole(node):
+            self.events.base_stored(node.hash)
+        self.holdings.base_filed(node)
+        if self.host is not None:
+            self.host.forget((node.hash, None))
+        if len(self.hints):
+            self.tree.set_kept(node, (node.hash, None) in self.hints)
+
+    def residual_filed(self, residual: Residual) -> None:
+        """A new residual is in the tree."""
+        node = residual.node
+        if self.is_whole(node):
+            self.events.residual_stored(residual.key, node.hash)
+        self.holdings.residual_filed(residual)
+        if self.host is not None:
+            self.host.forget((node.hash, residual.key))
+        if len(self.hints):
+            self.tree.set_kept(residual, (node.hash, residual.key) in self.hints)
+
+    def _base_evicted(self, node: Node) -> None:
+        if node.page is not None:
+            if self.host is not None and not node.is_private_tail:
+                self.host.store_base(node)
+            elif self.host is not None:
+                self.host.lose((node.hash, None))
+            self.pool.free(None, [node.page])
+        self.num_evictions += 1
+        self.holdings.base_evicted(node)
+        if self.is_whole(node):
+            self.events.base_evicted(node.hash)
+
+    def _residual_evicted(self, residual: Residual) -> None:
+        if self.host is not None:
+            self.host.store_residual(residual)
+        self.pool.free(residual.key.rank_class, [residual.page])
+        self.num_evictions += 1
+        self.holdings.residual_evicted(residual)
+        if self.is_whole(residual.node):
+            self.events.residual_evicted(residual.key, residual.node.hash)
+
+    # --- hints ------------------------------------------------------------------------------------------------------
+
+    def keep(self, name: str, slots: list[Slot], expires_s: float) -> None:
+        """Evict these pages after all others until ``expires_s``; see ``KeepHints``."""
+        page_bytes = self.geometry.page_bytes
+        pages = ((slot, page_bytes(slot[1].rank_class if slot[1] is not None else None)) for slot in slots)
+        added, released = self.hints.put(name, pages, expires_s)
+        self._set_kept(added, True)
+        self._set_kept(released, False)
+
+    def release_hint(self, name: str) -> None:
+        self._set_kept(self.hints.release(name), False)
+
+    def expire_hints(self, now_s: float) -> None:
+        self._set_kept(self.hints.expire(now_s), False)
+
+    def _set_kept(self, slots: set[Slot], is_kept: bool) -> None:
+        for block, key in slots:
+            if block in self.tree:
+                node = self.tree.node(block)
+                entry = node if key is None else node.residuals.get(key)
+                if entry is not None:
+                    self.tree.set_kept(entry, is_kept)
 
     # --- accounting -----------------------------------------------------------------------------------------------
 
@@ -101,16 +179,3 @@ class KVMemory:
                 if key in node.residuals:
                     log.residual_stored(key, node.hash)
         return log.take()
-
-    def _base_evicted(self, node: Node) -> None:
-        if node.page is not None:
-            self.pool.free(None, [node.page])
-        self.num_evictions += 1
-        if self.is_whole(node):
-            self.events.base_evicted(node.hash)
-
-    def _residual_evicted(self, residual: Residual) -> None:
-        self.pool.free(residual.key.rank_class, [residual.page])
-        self.num_evictions += 1
-        if self.is_whole(residual.node):
-            self.events.residual_evicted(residual.key, residual.node.hash)

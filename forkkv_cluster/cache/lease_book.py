@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
+from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.cache.leases import ContextLease, SequenceLease
 from forkkv_cluster.cache.page_pool import PageClass
 from forkkv_cluster.cache.tree_nodes import PageTable
@@ -38,6 +40,16 @@ class LeaseBook:
             for page_class, table in _tables(lease):
                 tables.setdefault(page_class, []).append(table)
         return {c: len(np.unique(np.concatenate(t))) for c, t in tables.items()}
+
+    def unfiled_bytes(self, geometry: KVGeometry) -> Counter[str]:
+        """Bytes of claimed pages that are in no tree, by owner."""
+        found: Counter[str] = Counter()
+        for lease in self._leases:
+            pages = lease.num_pages - lease.num_blocks_in_tree
+            found[lease.record.owner] += pages * geometry.page_bytes(None)
+            for plan in lease.residuals if isinstance(lease, ContextLease) else ():
+                found[lease.record.owner] += (plan.num_pages - plan.block) * geometry.page_bytes(plan.key.rank_class)
+        return found
 
 
 def _tables(lease: Lease) -> Iterator[tuple[PageClass, PageTable]]:

@@ -42,8 +42,11 @@ class SequenceCache:
         lease = self._matched(key, tokens, num_tokens, residual, context_tail_hash, context_len, reusable)
         self._book.add(lease)
         wanted = -(-num_tokens // self._page_size) - lease.num_pages
-        if self._memory.fits({None: wanted}, self._book) and self.grow(lease, num_tokens):
-            return lease
+        if self._memory.fits({None: wanted}, self._book):
+            if self._restore(lease):
+                self._take_tail(lease, residual, context_tail_hash, context_len, reusable)
+            if self.grow(lease, num_tokens):
+                return lease
         self._book.remove(lease)
         self._unpin(lease)
         self._memory.make_room_for_a_retry(self._book)
@@ -102,7 +105,7 @@ class SequenceCache:
         chain = self._chain(key, tokens, reusable // size)
         node = self._tree.match(chain, tokens[:num_tokens])
         num_blocks = node.depth + 1 if node is not None else 0
-        record = PathRecord(tokens, np.zeros(-(-len(tokens) // size), dtype=np.int32))
+        record = PathRecord(tokens, np.zeros(-(-len(tokens) // size), dtype=np.int32), key.owner)
         if node is not None and node.record is not None:
             record.pages[:num_blocks] = node.record.pages[:num_blocks]
             self._tree.pin(node)
@@ -114,13 +117,54 @@ class SequenceCache:
                 self._tree.pin(entry)
                 lease.residual_pin = entry
                 lease.residual_pages = entry.pages[: entry.node.depth + 1]
+        self._take_tail(lease, residual, context_tail_hash, context_len, reusable)
+        return lease
+
+    def _take_tail(
+        self,
+        lease: SequenceLease,
+        residual: ResidualKey | None,
+        context_tail_hash: BlockHash | None,
+        context_len: int,
+        reusable: int,
+    ) -> None:
+        """Pin what the first private page starts with."""
+        tokens = lease.record.tokens
         lease.tail = self._tail_source(lease, tokens, residual, context_tail_hash, context_len, reusable)
         if lease.tail is not None:
             self._tree.pin(lease.tail.node)
             if lease.tail.residual is not None:
                 self._tree.pin(lease.tail.residual)
             lease.num_computed += lease.tail.num_tokens
-        return lease
+
+    def _restore(self, lease: SequenceLease) -> bool:
+        """Bring back from the host the whole blocks that continue the match, if that is cheaper; True drops the tail."""
+        host, geometry = self._memory.host, self._memory.geometry
+        if host is None or len(host) == 0:
+            return False
+        entries = host.run(lease.hashes[lease.num_blocks_in_tree :], None, lease.record.tokens)
+        num_tokens = len(entries) * self._page_size - (lease.tail.num_tokens if lease.tail is not None else 0)
+        if not host.estimate.pays(len(entries) * geometry.page_bytes(None), num_tokens):
+            return False
+        host.take(entries)
+        pages = self._memory.allocate(None, len(entries))
+        if pages is None:
+            host.put_back(entries)
+            return False
+        if lease.tail is not None:
+            lease.num_computed -= lease.tail.num_tokens
+            self._drop_tail(lease)
+        first = lease.num_pages
+        lease.record.pages[first : first + len(pages)] = pages
+        lease.num_pages += len(pages)
+        for index, entry in enumerate(entries):
+            self._file_block(lease)
+            if lease.is_detached:
+                host.give_up(entries[index:])
+                break
+            host.swap_in(entry, pages[index])
+        lease.num_computed = lease.num_blocks_in_tree * self._page_size
+        return True
 
     def _chain(self, key: PrefixKey, tokens: TokenArray, num_blocks: int) -> list[BlockHash]:
         """Hashes of the first ``num_blocks`` blocks: those of the key, and of what was generated since (a preempted turn)."""
@@ -222,8 +266,8 @@ class SequenceCache:
             length,
             lease.record,
         )
-        if length == self._page_size:
-            self._memory.events.base_stored(block_hash)
+        node.is_private_tail = length < self._page_size
+        self._memory.base_filed(node)
         return node
 
     def _repin(self, lease: SequenceLease, node: Node) -> None:

@@ -32,11 +32,13 @@ class PathRecord:
     a match is one comparison of tokens and one slice of pages, however deep the path is.
     """
 
-    __slots__ = ("pages", "tokens")
+    __slots__ = ("owner", "pages", "tokens")
 
-    def __init__(self, tokens: TokenArray, pages: PageTable) -> None:
+    def __init__(self, tokens: TokenArray, pages: PageTable, owner: str = "") -> None:
+        """``owner``: the tenant that the path's pages are accounted to, the first who needed them."""
         self.tokens = tokens
         self.pages = pages
+        self.owner = owner
 
 
 class Node:
@@ -48,6 +50,8 @@ class Node:
     forks    seed nodes of the branches that begin after this block, by seed; kept apart so that a match that ends
              inside a block looks at blocks alone
     pins     leases that protect this node; its ancestors are protected by having children
+    is_kept  a session asked for it: evicted after all that nobody asked for
+    is_private_tail  a branch's own partly filled tail: found by comparing tokens, not by hash
     """
 
     __slots__ = (
@@ -56,6 +60,8 @@ class Node:
         "end",
         "forks",
         "hash",
+        "is_kept",
+        "is_private_tail",
         "last_used",
         "length",
         "page",
@@ -87,6 +93,8 @@ class Node:
         self.residuals: dict[ResidualKey, Residual] = {}
         self.pins = 0
         self.last_used = 0
+        self.is_kept = False
+        self.is_private_tail = False
 
     @property
     def is_evictable(self) -> bool:
@@ -106,7 +114,7 @@ class Residual:
     num_children   child nodes that hold a residual of the same key: evicted leaf first, so a match can binary-search
     """
 
-    __slots__ = ("key", "node", "num_children", "page", "pages", "pins")
+    __slots__ = ("is_kept", "key", "node", "num_children", "page", "pages", "pins")
 
     def __init__(self, key: ResidualKey, node: Node, page: int, pages: PageTable) -> None:
         self.key = key
@@ -115,6 +123,7 @@ class Residual:
         self.pages = pages
         self.num_children = 0
         self.pins = 0
+        self.is_kept = False
 
     @property
     def is_evictable(self) -> bool:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from forkkv_cluster.cli.common import DEFAULT_ADDRESS, Address, Token, errors_for_people, size
 from forkkv_cluster.client import ForkKVClient, Status
+from forkkv_cluster.core.status import EngineStatus
 
 
 def status(
@@ -20,7 +21,7 @@ def status(
     token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
-    """Show the model, every worker with its KV memory and counters, the directory, sessions and adapters."""
+    """Show the model, every worker with its KV memory, whose it is and what sharing saves, sessions and adapters."""
     with errors_for_people(), ForkKVClient(address, token=token, timeout_s=10.0) as client:
         found = client.status()
     if as_json:
@@ -29,6 +30,7 @@ def status(
     console = Console()
     console.print(_headline(found))
     console.print(worker_table(found))
+    console.print(memory_table(found))
     console.print(_footer(found))
 
 
@@ -58,6 +60,33 @@ def worker_table(found: Status) -> Table:
             str(counters.output_tokens),
         )
     return table
+
+
+def memory_table(found: Status) -> Table:
+    """One row a worker: what sharing saves, the host tier, and the three largest holders of each kind.
+
+    ``saved`` is bytes that caches of each adapter's own would need, less what is held, and prompt tokens that never ran.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("worker", "saved by sharing", "host tier", "swapped out/in", "tenants", "adapters", "kept sessions"):
+        table.add_column(name)
+    for worker in found.cluster.workers:
+        engine, counters = worker.engine, worker.engine.counters
+        saved = engine.sharing_saved_bytes
+        table.add_row(
+            worker.worker_id,
+            f"{'-' if saved < 0 else ''}{size(abs(saved))}, {counters.useful_hit_tokens} tokens",
+            f"{size(engine.host_bytes_held)} of {size(engine.host_bytes_total)}" if engine.host_bytes_total else "none",
+            f"{size(counters.swapped_out_bytes)}/{size(counters.swapped_in_bytes)}",
+            *(_largest(engine, kind) for kind in ("tenant", "adapter", "session")),
+        )
+    return table
+
+
+def _largest(engine: EngineStatus, kind: str, limit: int = 3) -> str:
+    held = [holding for holding in engine.holdings if holding.kind == kind]
+    named = [f"{holding.name or '(none)'} {size(holding.num_bytes)}" for holding in held[:limit]]
+    return ", ".join([*named, *([f"{len(held) - limit} more"] if len(held) > limit else [])]) or "none"
 
 
 def _footer(found: Status) -> str:

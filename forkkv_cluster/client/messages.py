@@ -36,6 +36,7 @@ from forkkv_cluster.core.status import (
     DirectoryStatus,
     EngineCounters,
     EngineStatus,
+    Holding,
     PoolStatus,
     WorkerStatus,
 )
@@ -111,12 +112,14 @@ def create_session_request(
     sharing: Sharing | str | None,
     sharing_group: str,
     tenant: str,
+    keep_s: float = 0.0,
 ) -> sessions_pb2.CreateSessionRequest:
     message = filled(
         sessions_pb2.CreateSessionRequest(sharing=sharing_value(sharing)),
         adapters=adapters,
         sharing_group=sharing_group,
         tenant=tenant,
+        keep_s=keep_s,
     )
     _set_input(message, "document", document, token_ids)
     return message
@@ -256,6 +259,7 @@ def read_session(message: sessions_pb2.Session) -> SessionInfo:
         adapters=tuple(message.adapters),
         branches=tuple(read_branch(branch) for branch in message.branches),
         context_token_ids=tuple(message.context.ids) if message.HasField("context") else None,
+        keep_s=message.keep_s,
     )
 
 
@@ -383,6 +387,10 @@ def _read_worker(message: cluster_pb2.WorkerStatus, model: ModelInfo) -> WorkerS
         pools=pools,
         counters=EngineCounters(**{name: getattr(message.counters, name) for name in EngineCounters.__slots__}),
         adapters=tuple(read_adapter(adapter) for adapter in message.adapters),
+        host_bytes_total=message.host_bytes_total,
+        host_bytes_held=message.host_bytes_held,
+        sharing_saved_bytes=message.sharing_saved_bytes,
+        holdings=tuple(Holding(held.kind, held.name, held.num_bytes) for held in message.holdings),
     )
     return WorkerStatus(
         worker_id=message.worker_id,

@@ -112,6 +112,7 @@ class SessionInfo:
     adapters: tuple[str, ...]
     branches: tuple[BranchInfo, ...] = ()
     context_token_ids: tuple[int, ...] | None = None
+    keep_s: float = 0.0
 
     def branch(self, name: str) -> BranchInfo:
         """Raises NotFound."""

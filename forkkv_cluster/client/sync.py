@@ -73,8 +73,10 @@ class ForkKVClient:
         sharing: Sharing | str | None = None,
         sharing_group: str = "",
         tenant: str = "",
+        keep_s: float = 0.0,
     ) -> Session:
-        """A session over a document, or over token ids, that ``adapters`` may fork."""
+        """A session over a document, or over token ids, that ``adapters`` may fork. ``keep_s`` asks workers to evict its
+        context after all others for so many seconds, or until it is closed."""
         request = messages.create_session_request(
             document=document,
             token_ids=token_ids,
@@ -82,6 +84,7 @@ class ForkKVClient:
             sharing=sharing,
             sharing_group=sharing_group,
             tenant=tenant,
+            keep_s=keep_s,
         )
         return Session(self, messages.read_session(self.call(self.stubs.sessions.CreateSession, request)))
 

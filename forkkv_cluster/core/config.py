@@ -70,6 +70,9 @@ class CacheConfig(_Section):
     """KV memory of one worker."""
 
     kv_bytes: Annotated[int, Field(gt=0, description="Bytes for base and residual KV together (also as 512MiB).")] = 256 * 2**20
+    host_bytes: Annotated[
+        int, Field(ge=0, description="Bytes of host memory for evicted KV, swapped back when cheaper than a prefill. 0: none.")
+    ] = 0
     page_size: Annotated[int, Field(ge=1, le=1024, description="Tokens of one page; the same in the whole cluster.")] = 64
 
     merged_share: Annotated[
@@ -82,7 +85,7 @@ class CacheConfig(_Section):
         ),
     ] = 0.5
 
-    @field_validator("kv_bytes", mode="before")
+    @field_validator("kv_bytes", "host_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: object) -> int:
         return parse_bytes(value)

@@ -20,7 +20,7 @@ serves a page, so a collision costs time and never correctness.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,7 @@ class PrefixKey:
     ``own_seed``    parent of the first own block (a fork or isolated seed; the chain's end for the base model)
     ``own``         chain of the whole blocks from ``own_start`` on
     ``context_seed``parent of the first context block
+    ``owner``       the tenant whose request it is: for accounting alone, no part of the identity
     """
 
     block_size: int
@@ -101,6 +102,7 @@ class PrefixKey:
     context: tuple[BlockHash, ...]
     own_seed: BlockHash
     own: tuple[BlockHash, ...]
+    owner: str = field(default="", compare=False)
 
     @property
     def own_start(self) -> int:

@@ -258,7 +258,8 @@ class GenerateRequest:
 class ContextRequest:
     """A pass over shared context that generates nothing: base pages, and residuals of ``declared`` under ``eager``.
 
-    tokens [n] int32. Run at session creation, after a join, and as a prefetch on another worker.
+    tokens [n] int32. Run at session creation, after a join, and as a prefetch on another worker. ``keep_s`` above 0: what
+    it wrote is evicted after all else for so many seconds, or until the session's hint is released.
     """
 
     request_id: RequestId
@@ -272,6 +273,7 @@ class ContextRequest:
     tenant: str = ""
     session_id: str = ""
     excluded_workers: tuple[WorkerId, ...] = ()
+    keep_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:

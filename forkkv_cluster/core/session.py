@@ -14,6 +14,9 @@ from forkkv_cluster.core.errors import Aborted, AlreadyExists, FailedPreconditio
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import AdapterRef, Sharing, WriterMode
 
+MAX_KEEP_S = 86_400.0
+"""A day: a session that nobody closes does not keep its context for ever."""
+
 _NO_TOKENS: TokenArray = np.zeros(0, dtype=np.int32)
 
 
@@ -93,7 +96,10 @@ class Branch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Session:
-    """A shared context, its tenant and the adapters that may fork it. Immutable: each method returns the next state."""
+    """A shared context, its tenant and the adapters that may fork it. Immutable: each method returns the next state.
+
+    ``keep_s``: seconds for which workers evict its context after all others, counted from each of its passes.
+    """
 
     session_id: str
     tenant: str
@@ -105,6 +111,18 @@ class Session:
     sharing_group: str = ""
     branches: dict[str, Branch] = field(default_factory=dict)
     first_writer: AdapterRef | None = None
+    keep_s: float = 0.0
+
+    def check_keep(self) -> None:
+        """Raises InvalidArgument for a ``keep_s`` out of range, or one that has no shared context to keep."""
+        if not 0.0 <= self.keep_s <= MAX_KEEP_S:
+            raise InvalidArgument(
+                "keep_s", self.keep_s, f"is not from 0 to {MAX_KEEP_S:.0f} seconds", "Send 0 to keep nothing longer."
+            )
+        if self.keep_s and not self.needs_context_pass:
+            raise InvalidArgument(
+                "keep_s", self.keep_s, "has no shared context to keep", "Leave it out, or name sharing eager, residual or base."
+            )
 
     def branch(self, name: str) -> Branch:
         try:

@@ -36,11 +36,33 @@ class EngineCounters:
     preemptions: int = 0
     peak_base_bytes: int = 0
     peak_residual_bytes: int = 0
+    swapped_out_pages: int = 0
+    swapped_in_pages: int = 0
+    swapped_out_bytes: int = 0
+    swapped_in_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """KV memory of the device by whose it is. ``kind`` is one of three views, each of its own: they do not add up.
+
+    tenant   all pages, base and residual, that this tenant was the first to need
+    adapter  residual pages of this adapter
+    session  pages that this session's ``keep_s`` covers
+    """
+
+    kind: str
+    name: str
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """One engine, now."""
+    """One engine, now.
+
+    host_bytes_*: the host tier, 0 where there is none. sharing_saved_bytes: what caches of each adapter's own would need
+    for the blocks over which adapters have residuals, less what is held for them (below 0 for a single adapter's).
+    """
 
     num_running: int
     num_waiting: int
@@ -51,6 +73,10 @@ class EngineStatus:
     pools: tuple[PoolStatus, ...]
     counters: EngineCounters
     adapters: tuple[AdapterInfo, ...] = ()
+    host_bytes_total: int = 0
+    host_bytes_held: int = 0
+    sharing_saved_bytes: int = 0
+    holdings: tuple[Holding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

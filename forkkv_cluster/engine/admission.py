@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 
 from forkkv_cluster.cache.geometry import KVGeometry
@@ -29,6 +30,7 @@ class Admission:
     def turn(self, request: GenerateRequest) -> Turn:
         """Raises InvalidArgument, Unsupported, NotFound (adapter) or DeadlineExceeded."""
         self._check_common(request)
+        request = replace(request, prefix=replace(request.prefix, owner=request.tenant))
         request.sampling.validate(self._model.vocab_size)
         _check_turn(request)
         total = request.num_prompt_tokens + request.sampling.max_tokens
@@ -63,7 +65,8 @@ class Admission:
             required: tuple[ResidualTarget, ...] = ()
             if request.sharing is Sharing.EAGER:
                 required = self._targets(request.declared, held)
-            needs = ContextNeeds(request.prefix, request.tokens, request.num_tokens, required)
+            key = replace(request.prefix, owner=request.tenant)
+            needs = ContextNeeds(key, request.tokens, request.num_tokens, required)
             self._check_memory(request.num_tokens, needs)
         except BaseException:
             held.release()

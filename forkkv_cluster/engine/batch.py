@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forkkv_cluster.cache.merged_keys import MergedUse
+from forkkv_cluster.cache.swaps import PageSwap
 
 IntArray = npt.NDArray[np.int64]
 PageArray = npt.NDArray[np.int32]
@@ -136,6 +137,7 @@ class Batch:
     logit_rows [R]                    int64: rows whose logits are wanted
     scored_rows, scored_tokens [n]    int64: rows of prompts whose next token, given here, is to be scored, with the
                                       ``num_top_scores`` most likely ones
+    swap_outs, swap_ins               whole pages to the host tier, then from it: before anything else of the step
     """
 
     token_ids: IntArray
@@ -152,6 +154,8 @@ class Batch:
     scored_rows: IntArray = field(default_factory=_no_rows)
     scored_tokens: IntArray = field(default_factory=_no_rows)
     num_top_scores: int = 0
+    swap_outs: tuple[PageSwap, ...] = field(default=())
+    swap_ins: tuple[PageSwap, ...] = field(default=())
 
     @property
     def num_rows(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from forkkv_cluster.cache.leases import SequenceLease
+from forkkv_cluster.cache.swaps import NO_SWAPS, SwapPlan
 from forkkv_cluster.engine.batch import (
     AttentionSpan,
     Batch,
@@ -32,12 +33,12 @@ def _first_slot(scheduled: Scheduled) -> int:
     return -1 if slot is None or scheduled.lora_start == scheduled.end else slot
 
 
-def build_batch(work: Sequence[Scheduled], page_size: int) -> Batch:
+def build_batch(work: Sequence[Scheduled], page_size: int, swaps: SwapPlan = NO_SWAPS) -> Batch:
     """``work`` in row order (``in_row_order``) as one forward pass. Logit rows follow the order of finishing turns."""
     builder = _Builder(page_size)
     for scheduled in work:
         builder.add(scheduled)
-    return builder.build()
+    return builder.build(swaps)
 
 
 class _Builder:
@@ -147,7 +148,7 @@ class _Builder:
     def _pages(self, pages: PageArray, num_tokens: int) -> PageArray:
         return pages[: -(-num_tokens // self._page_size)]
 
-    def build(self) -> Batch:
+    def build(self, swaps: SwapPlan) -> Batch:
         return Batch(
             token_ids=_join(self._tokens),
             positions=_join(self._positions),
@@ -164,6 +165,8 @@ class _Builder:
             scored_rows=_join([rows for rows, _ in self._scored]),
             scored_tokens=_join([tokens for _, tokens in self._scored]),
             num_top_scores=self._num_top_scores,
+            swap_outs=swaps.outs,
+            swap_ins=swaps.ins,
         )
 
 

@@ -21,6 +21,14 @@ class PassPlan:
     flight: tuple[object, ...]
 
 
+def restore_needs(kv: KVCacheManager, needs: ContextNeeds) -> None:
+    """Bring back from the host what of ``needs`` is cheaper to copy than to run. An agent's own pass runs after the base's."""
+    if needs.own is not None or not needs.required:
+        kv.restore_context(needs.key, needs.tokens, needs.context_len)
+    if needs.required:
+        kv.restore_context(needs.key, needs.tokens, needs.context_len, [target.key for target in needs.required])
+
+
 def match_needs(kv: KVCacheManager, needs: ContextNeeds) -> tuple[ContextMatch, tuple[ResidualTarget, ...]]:
     """What is there (base, least residual of those required), and the required residuals that are incomplete."""
     base_len = residual_len = kv.match_context(needs.key, needs.tokens, needs.context_len, None).base_len

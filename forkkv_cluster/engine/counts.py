@@ -25,10 +25,15 @@ class EngineCounts:
     def freeze(self, kv: KVCacheManager, num_preemptions: int) -> EngineCounters:
         """With what the cache and the scheduler count, as a value."""
         peak_base, peak_residual = kv.peak_bytes
+        host = kv.host
         return EngineCounters(
             **asdict(self),
             evictions=kv.num_evictions,
             preemptions=num_preemptions,
             peak_base_bytes=peak_base,
             peak_residual_bytes=peak_residual,
+            swapped_out_pages=host.num_swapped_out if host is not None else 0,
+            swapped_in_pages=host.num_swapped_in if host is not None else 0,
+            swapped_out_bytes=host.swapped_out_bytes if host is not None else 0,
+            swapped_in_bytes=host.swapped_in_bytes if host is not None else 0,
         )

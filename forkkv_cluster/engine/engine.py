@@ -5,9 +5,10 @@ A step: expire and cancel, schedule, build the batch, run it, sample, commit. Ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
+from forkkv_cluster.cache.swaps import NO_SWAPS, SwapPlan
 from forkkv_cluster.core.clock import Clock, SystemClock
 from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig
 from forkkv_cluster.core.errors import AlreadyExists, Cancelled, DeadlineExceeded, ForkKVError, Internal, ResourceExhausted
@@ -23,14 +24,15 @@ from forkkv_cluster.core.request import (
     PromptLogprobs,
     TokenChunk,
 )
-from forkkv_cluster.core.status import EngineStatus
+from forkkv_cluster.core.status import EngineStatus, Holding
 from forkkv_cluster.engine.adapter_registry import AdapterRegistry
 from forkkv_cluster.engine.admission import Admission
+from forkkv_cluster.engine.batch import Batch
 from forkkv_cluster.engine.batch_builder import build_batch, in_row_order
 from forkkv_cluster.engine.counts import EngineCounts
 from forkkv_cluster.engine.outputs import Failure, StepOutput
 from forkkv_cluster.engine.prompt_scores import prompt_logprobs
-from forkkv_cluster.engine.runner import Runner, SampledToken
+from forkkv_cluster.engine.runner import Runner, SampledToken, StepResult
 from forkkv_cluster.engine.sampling_row import SamplingRow
 from forkkv_cluster.engine.scheduler import Scheduler
 from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn, Waiting
@@ -52,13 +54,16 @@ class Engine:
         kv_bytes: int,
         scheduler: SchedulerConfig,
         clock: Clock | None = None,
+        *,
+        host_bytes: int = 0,
         merged_share: float = 0.5,
     ) -> None:
-        """``merged_share``: of kv_bytes, at most, that whole K of adapters may borrow while it is free."""
+        """``host_bytes``: budget of the host tier, 0 for none. ``merged_share``: of kv_bytes, at most, that whole K of adapters
+        may borrow while it is free."""
         self._runner = runner
         self._clock = clock or SystemClock()
-        runner.allocate(kv_bytes)
-        self._kv = KVCacheManager(runner.geometry, kv_bytes, merged_share)
+        runner.allocate(kv_bytes, host_bytes)
+        self._kv = KVCacheManager(runner.geometry, kv_bytes, host_bytes, merged_share)
         self._adapters = AdapterRegistry(runner)
         self._scheduler = Scheduler(scheduler, self._kv)
         self._admission = Admission(runner.info, runner.geometry, kv_bytes, self._adapters, self._clock)
@@ -76,7 +81,14 @@ class Engine:
 
         torch.set_num_threads(config.worker.num_threads)
         runner = TorchRunner.from_config(config)
-        engine = cls(runner, config.cache.kv_bytes, config.scheduler, clock, config.cache.merged_share)
+        engine = cls(
+            runner,
+            config.cache.kv_bytes,
+            config.scheduler,
+            clock,
+            host_bytes=config.cache.host_bytes,
+            merged_share=config.cache.merged_share,
+        )
         for adapter in config.adapters:
             engine.load_adapter(adapter.name, adapter.path)
         return engine
@@ -116,6 +128,7 @@ class Engine:
     def step(self) -> StepOutput:
         """One step of everything that can run."""
         failures = [*self._cancel(), *self._expire()]
+        self._kv.expire_hints(self._clock.monotonic())
         plan = self._scheduler.schedule()
         chunks = [self._end_demand(demand) for demand in plan.completed]
         for entry in plan.starved:
@@ -131,12 +144,15 @@ class Engine:
 
     def _run(self, work: list[Scheduled], failures: list[Failure]) -> list[TokenChunk]:
         self._use_merged_keys(work)
-        batch = build_batch(work, self._runner.geometry.page_size)
+        swaps = self._kv.take_swaps()
+        batch = build_batch(work, self._runner.geometry.page_size, swaps)
         ready = [s.item for s in work if isinstance(s.item, Turn) and s.end == s.item.num_tokens]
         sampling = [
             SamplingRow(t.request.sampling, t.num_tokens, t.tokens, t.request.num_prompt_tokens, t.request_id) for t in ready
         ]
-        result = self._runner.run(batch, sampling)
+        if swaps is not NO_SWAPS:
+            self._swap(batch, swaps)
+        result = self._run_batch(batch, work, sampling)
         sampled, prompts = iter(result.tokens), prompt_logprobs(work, result.scores)
         if ready:  # Without a logit row, the last layer stops short of its attention.
             self._kv.note_merged_keys_written()
@@ -165,6 +181,24 @@ class Engine:
                 continue
             if "k_proj" in turn.adapter.info.target_modules:
                 self._kv.use_merged_keys(turn.lease, turn.num_left >= MIN_MERGED_STEPS)
+
+    def _swap(self, batch: Batch, swaps: SwapPlan) -> None:
+        started_s = self._clock.monotonic()
+        self._runner.swap(batch)
+        estimate = self._kv.swap_estimate
+        if estimate is not None:
+            elapsed_s = self._clock.monotonic() - started_s
+            estimate.copied_bytes.note(swaps.num_bytes(self._runner.geometry), elapsed_s)
+
+    def _run_batch(self, batch: Batch, work: Sequence[Scheduled], sampling: Sequence[SamplingRow]) -> StepResult:
+        """The forward pass; the time of one that is mostly prefill is what swapping is weighed against."""
+        started_s = self._clock.monotonic()
+        result = self._runner.run(batch, sampling)
+        estimate = self._kv.swap_estimate
+        num_prefill = sum(s.num_rows for s in work if s.num_rows > 1)
+        if estimate is not None and 2 * num_prefill >= batch.num_rows:
+            estimate.prefilled_tokens.note(batch.num_rows, self._clock.monotonic() - started_s)
+        return result
 
     # --- commit -----------------------------------------------------------------------------------------------------
 
@@ -243,6 +277,11 @@ class Engine:
 
     def _end_demand(self, demand: Demand) -> TokenChunk:
         self._end(demand)
+        request, needs = demand.request, demand.needs
+        if request.keep_s > 0:
+            name, expires_s = request.session_id or request.request_id, self._clock.monotonic() + request.keep_s
+            residuals = [target.key for target in needs.required]
+            self._kv.keep_context(name, needs.key, needs.tokens, needs.context_len, residuals, expires_s)
         return TokenChunk(demand.request_id, finish_reason=FinishReason.STOP, usage=demand.usage)
 
     def _fail(self, entry: Waiting, error: ForkKVError) -> Failure:
@@ -320,9 +359,14 @@ class Engine:
             total_bytes=self._kv.total_bytes,
         )
 
+    def release_hint(self, session_id: str) -> None:
+        """Evict the session's context like any other from now on. Unknown sessions are ignored."""
+        self._kv.release_hint(session_id)
+
     def status(self) -> EngineStatus:
         """What is held now and what has happened so far."""
-        pools = self._kv.pools()
+        self._kv.expire_hints(self._clock.monotonic())
+        pools, host = self._kv.pools(), self._kv.host
         return EngineStatus(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -333,6 +377,24 @@ class Engine:
             pools=pools,
             counters=self._counts.freeze(self._kv, self._scheduler.num_preemptions),
             adapters=self._adapters.infos(),
+            host_bytes_total=host.total_bytes if host is not None else 0,
+            host_bytes_held=host.bytes_held if host is not None else 0,
+            sharing_saved_bytes=self._kv.holdings.shared_savings,
+            holdings=self._holdings(),
+        )
+
+    def _holdings(self) -> tuple[Holding, ...]:
+        """Largest first of each kind. An adapter that was unloaded while its pages are still there goes by its digest."""
+        names = {str(info.digest): info.name for info in self._adapters.infos()}
+        by_kind = {
+            "tenant": self._kv.bytes_by_owner(),
+            "adapter": {names.get(digest, digest): n for digest, n in self._kv.holdings.by_adapter.items()},
+            "session": self._kv.kept_bytes(),
+        }
+        return tuple(
+            Holding(kind, name, num_bytes)
+            for kind, held in by_kind.items()
+            for name, num_bytes in sorted(held.items(), key=lambda item: (-item[1], item[0]))
         )
 
     def check_invariants(self) -> None:

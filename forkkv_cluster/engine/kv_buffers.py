@@ -44,6 +44,11 @@ class KVBuffers:
         view = self._residual[rank_class]
         return view[layer, 0], view[layer, 1]
 
+    def pages(self, page_class: int | None) -> Tensor:
+        """Whole pages of one class, [num_layers, 2, num_pages, elements of a page], a view; None: base pages."""
+        width = self.geometry.page_width(page_class) * self.geometry.page_size
+        return self.arena.view(self.geometry.num_layers, 2, -1, width)
+
     def copy_base(self, source_page: int, target_page: int, num_tokens: int) -> None:
         """Copy the first ``num_tokens`` tokens of a base page, all layers."""
         _copy_page(self._base, self.geometry.page_size, source_page, target_page, num_tokens)

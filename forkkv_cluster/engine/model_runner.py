@@ -11,6 +11,7 @@ from forkkv_kernels.ops.residual_attention import reconstruct_k, reconstruct_v
 from torch import Tensor
 
 from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.host_tier import num_host_slabs
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument, Unsupported
 from forkkv_cluster.core.request import AdapterInfo, ModelInfo
 from forkkv_cluster.engine.adapters import AdapterSlots, load_adapter
@@ -21,6 +22,7 @@ from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
 from forkkv_cluster.engine.model_loader import LoadedModel, load_model, resolve_device
 from forkkv_cluster.engine.models.config import ModelConfig
+from forkkv_cluster.engine.page_copies import copy_in, copy_out
 from forkkv_cluster.engine.scores import TokenScores
 from forkkv_cluster.engine.scoring import score_in_chunks
 from forkkv_cluster.engine.step_inputs import step_inputs
@@ -54,6 +56,7 @@ class ModelRunner:
         self._rotary = RotaryTable(config.rope, config.head_dim, self.info.max_model_len, loaded.dtype, device)
         self._adapters = AdapterSlots()
         self._kv: KVBuffers | None = None
+        self._host_kv: KVBuffers | None = None
 
     @classmethod
     def from_directory(
@@ -72,9 +75,23 @@ class ModelRunner:
             raise FailedPrecondition("the KV arena is not allocated. Call allocate(kv_bytes) first.")
         return self._kv
 
-    def allocate(self, kv_bytes: int) -> None:
-        """Allocate the arena: as many whole slabs as fit. Raises InvalidArgument when not one does."""
+    @property
+    def host_kv(self) -> KVBuffers:
+        """The host tier's arena. Raises FailedPrecondition when none was allocated."""
+        if self._host_kv is None:
+            raise FailedPrecondition("there is no host tier. Call allocate(kv_bytes, host_bytes) with host_bytes above 0.")
+        return self._host_kv
+
+    def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None:
+        """Allocate the arena, and one in host memory for ``host_bytes`` > 0: as many whole slabs as fit.
+
+        Raises InvalidArgument when not one does.
+        """
         self._kv = KVBuffers(self.geometry, self.geometry.num_slabs(kv_bytes), self.dtype, self._device)
+        self._host_kv = None
+        if host_bytes:
+            num_slabs = num_host_slabs(self.geometry, host_bytes)
+            self._host_kv = KVBuffers(self.geometry, num_slabs, self.dtype, torch.device("cpu"))
 
     def load_adapter(self, name: str, path: str | Path) -> tuple[int, AdapterInfo]:
         """Load a PEFT directory into the lowest free slot. Raises as ``adapters.load_adapter``; nothing changes then."""
@@ -95,6 +112,16 @@ class ModelRunner:
         """Rank class of the adapter's residual pages, None when it has none. Raises NotFound when the slot is empty."""
         rank = self.residual_rank(slot)
         return self.geometry.rank_class(rank) if rank else None
+
+    @torch.inference_mode()
+    def swap(self, batch: Batch) -> None:
+        """Make the batch's copies to the host tier, then those from it; ``execute`` comes after. Done when it returns."""
+        for swap in batch.swap_outs:
+            copy_out(self.kv, self.host_kv, swap)
+        for swap in batch.swap_ins:
+            copy_in(self.kv, self.host_kv, swap)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def execute(self, batch: Batch) -> Tensor:
         """As ``execute_scored``; only logits [R, V] fp32 of ``batch.logit_rows``."""

@@ -38,7 +38,7 @@ class Runner(Protocol):
     info: ModelInfo
     geometry: KVGeometry
 
-    def allocate(self, kv_bytes: int) -> None: ...
+    def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None: ...
 
     def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]: ...
 
@@ -48,6 +48,10 @@ class Runner(Protocol):
 
     def check_guide(self, guide: Guide) -> None:
         """Raises Unsupported for one that this model's outputs cannot be held to."""
+        ...
+
+    def swap(self, batch: Batch) -> None:
+        """Copy the batch's whole pages to the host tier, then those from it; called before ``run`` where there are any."""
         ...
 
     def run(self, batch: Batch, sampling: Sequence[SamplingRow]) -> StepResult:

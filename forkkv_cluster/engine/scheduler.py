@@ -15,7 +15,7 @@ from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.core.config import SchedulerConfig
 from forkkv_cluster.core.errors import ResourceExhausted
 from forkkv_cluster.core.ids import RequestId
-from forkkv_cluster.engine.context_planner import PassPlan, match_needs, next_pass
+from forkkv_cluster.engine.context_planner import PassPlan, match_needs, next_pass, restore_needs
 from forkkv_cluster.engine.sequence import ContextPass, Demand, Runnable, Scheduled, Turn, Waiting, note_match
 
 MAX_PASSES_PER_REQUEST = 8
@@ -164,6 +164,7 @@ class Scheduler:
     def _start(self, entry: Waiting, plan: StepPlan) -> Runnable | _Outcome:
         """What to run for ``entry`` now: itself, or a pass that it needs."""
         if entry.needs is not None:
+            restore_needs(self._kv, entry.needs)
             match, missing = match_needs(self._kv, entry.needs)
             wanted = next_pass(entry.needs, match, missing)
             if wanted is not None and wanted.flight in self._flights:

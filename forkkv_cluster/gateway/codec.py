@@ -69,6 +69,7 @@ def read_create_session(message: sessions_pb2.CreateSessionRequest) -> CreateSes
         sharing=read_sharing(message.sharing),
         sharing_group=message.sharing_group,
         tenant=message.tenant,
+        keep_s=message.keep_s,
     )
 
 
@@ -161,6 +162,7 @@ def write_session(session: Session, *, include_tokens: bool = False) -> sessions
         sharing=_write_sharing(session.sharing),
         writer=str(session.writer),
         created_s=session.created_s,
+        keep_s=session.keep_s,
         num_context_tokens=len(session.context),
         adapters=[adapter.name for adapter in session.adapters],
         branches=[write_branch(branch, include_tokens=include_tokens) for branch in session.branches.values()],
@@ -321,6 +323,10 @@ def _write_worker(worker: WorkerStatus) -> cluster_pb2.WorkerStatus:
         events_published=worker.events_published,
         busy_request_ids=worker.busy_request_ids,
         adapters=[write_adapter(adapter) for adapter in engine.adapters],
+        host_bytes_total=engine.host_bytes_total,
+        host_bytes_held=engine.host_bytes_held,
+        sharing_saved_bytes=engine.sharing_saved_bytes,
+        holdings=[cluster_pb2.Holding(kind=held.kind, name=held.name, num_bytes=held.num_bytes) for held in engine.holdings],
     )
 
 

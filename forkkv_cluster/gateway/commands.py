@@ -76,6 +76,7 @@ class CreateSessionCommand:
     sharing: Sharing | None = None
     sharing_group: str = ""
     tenant: str = ""
+    keep_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
 
 from forkkv_cluster.core.clock import Clock
 from forkkv_cluster.core.config import ClusterConfig
@@ -133,7 +135,9 @@ class GatewayService:
             writer=self.config.defaults.writer,
             created_s=self._clock.wall(),
             sharing_group=command.sharing_group,
+            keep_s=command.keep_s,
         )
+        session.check_keep()
         await self._store.add(session)
         self._start_context_pass(session, session.context)
         return session
@@ -153,9 +157,11 @@ class GatewayService:
         return [session for session in sessions if session.tenant == wanted]
 
     async def close_session(self, caller: str | None, session_id: str) -> None:
-        await self.get_session(caller, session_id)
+        session = await self.get_session(caller, session_id)
         self._busy.check_session_idle(session_id)
         await self._store.remove(session_id)
+        if session.keep_s:
+            self._in_background(self._release_hint(session_id))
 
     async def fork(
         self, caller: str | None, session_id: str, specs: tuple[BranchSpec, ...], parent: str | None
@@ -295,12 +301,25 @@ class GatewayService:
             Envelope(new_id("context"), session.tenant),
         )
 
+        if context is session.context:  # not a branch's own tokens, which another adapter forked
+            request = replace(request, keep_s=session.keep_s)
+
         async def run() -> None:
             try:
                 await self._pool.run_context(request)
             except (ForkKVError, WorkerLost) as error:
                 logger.warning("context pass of %s failed: %s; its branches will run it", session.session_id, error)
 
-        task = asyncio.create_task(run(), context=contextvars.Context())
+        self._in_background(run())
+
+    async def _release_hint(self, session_id: str) -> None:
+        """Best effort: a worker that does not hear of it keeps the context until the hint runs out."""
+        try:
+            await self._pool.broadcast("release_hint", session_id)
+        except (ForkKVError, WorkerLost) as error:
+            logger.warning("workers keep the context of closed session %s until its hint runs out: %s", session_id, error)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, context=contextvars.Context())
         self._background.add(task)
         task.add_done_callback(self._background.discard)

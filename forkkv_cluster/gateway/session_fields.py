@@ -65,6 +65,7 @@ def from_fields(fields: Mapping[str, bytes]) -> Session:
         sharing_group=meta["sharing_group"],
         branches=branches,
         first_writer=_read_ref(meta["first_writer"]),
+        keep_s=meta.get("keep_s", 0.0),  # Not written by earlier versions.
     )
 
 
@@ -91,6 +92,7 @@ def _meta(session: Session) -> bytes:
             "sharing_group": session.sharing_group,
             "branches": list(session.branches),
             "first_writer": _ref(session.first_writer),
+            "keep_s": session.keep_s,
         }
     ).encode()
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from forkkv_cluster.core.status import ClusterStatus, WorkerStatus
+from forkkv_cluster.core.status import ClusterStatus, EngineCounters, WorkerStatus
 
 Sample = tuple[tuple[str, ...], float]
 """(label values, value)."""
@@ -62,6 +62,26 @@ def _kv_bytes(status: ClusterStatus) -> Iterator[Sample]:
         yield from (((worker.worker_id, kind), float(count)) for kind, count in held.items())
 
 
+def _holdings(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        yield from (((worker.worker_id, held.kind, held.name), float(held.num_bytes)) for held in worker.engine.holdings)
+
+
+def _host_bytes(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        yield (worker.worker_id, "held"), float(worker.engine.host_bytes_held)
+        yield (worker.worker_id, "total"), float(worker.engine.host_bytes_total)
+
+
+def _swapped(read: Callable[[EngineCounters], tuple[int, int]]) -> Callable[[ClusterStatus], Iterator[Sample]]:
+    def samples(status: ClusterStatus) -> Iterator[Sample]:
+        for worker in status.workers:
+            for direction, count in zip(("out", "in"), read(worker.engine.counters), strict=True):
+                yield (worker.worker_id, direction), float(count)
+
+    return samples
+
+
 def _directory_blocks(status: ClusterStatus) -> Iterator[Sample]:
     if status.directory is not None:
         yield ("base",), float(status.directory.num_base_blocks)
@@ -94,6 +114,35 @@ CLUSTER_METRICS: tuple[ClusterMetric, ...] = (
     ClusterMetric("forkkv_pool_pages", "gauge", ("worker", "pool", "state"), "Pages by pool and state.", _pool_pages),
     ClusterMetric("forkkv_kv_capacity_bytes", "gauge", _W, "KV memory.", _of_workers(lambda w: w.engine.kv_bytes_total)),
     ClusterMetric("forkkv_kv_held_bytes", "gauge", ("worker", "kv"), "KV memory in use, cached pages included.", _kv_bytes),
+    ClusterMetric(
+        "forkkv_kv_owned_bytes",
+        "gauge",
+        ("worker", "kind", "name"),
+        "KV memory by tenant (first to need it), by adapter (residuals) and by session (kept by keep_s); views of their own.",
+        _holdings,
+    ),
+    ClusterMetric(
+        "forkkv_sharing_saved_bytes",
+        "gauge",
+        _W,
+        "What caches of each adapter's own would need for shared blocks, less what is held for them.",
+        _of_workers(lambda w: w.engine.sharing_saved_bytes),
+    ),
+    ClusterMetric("forkkv_host_bytes", "gauge", ("worker", "state"), "Host tier: memory held, and in all.", _host_bytes),
+    ClusterMetric(
+        "forkkv_swapped_pages",
+        "counter",
+        ("worker", "direction"),
+        "Pages copied to the host tier and back.",
+        _swapped(lambda counters: (counters.swapped_out_pages, counters.swapped_in_pages)),
+    ),
+    ClusterMetric(
+        "forkkv_swapped_bytes",
+        "counter",
+        ("worker", "direction"),
+        "Bytes copied to the host tier and back.",
+        _swapped(lambda counters: (counters.swapped_out_bytes, counters.swapped_in_bytes)),
+    ),
     ClusterMetric(
         "forkkv_prefill_tokens",
         "counter",

@@ -57,6 +57,7 @@ class FakeEngine:
         self.model_info = ModelInfo(name, "f" * 32, VOCAB_SIZE, max_model_len, 256, "float32")
         self.step_error: Exception | None = None
         self.num_steps = 0
+        self.released_hints: list[str] = []
         self._clock = clock or SystemClock()
         self._running: dict[RequestId, _Running] = {}
         self._failures: list[Failure] = []
@@ -115,6 +116,9 @@ class FakeEngine:
 
     def list_adapters(self) -> tuple[AdapterInfo, ...]:
         return tuple(self._adapters.values())
+
+    def release_hint(self, session_id: str) -> None:
+        self.released_hints.append(session_id)
 
     def status(self) -> EngineStatus:
         counters = EngineCounters(num_steps=self.num_steps, num_finished=self._num_finished, num_failed=self._num_failed)

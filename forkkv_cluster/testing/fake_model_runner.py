@@ -84,11 +84,13 @@ class FakeModelRunner:
         self.base: dict[int, str] = {}
         self.residuals: dict[tuple[int, int], str] = {}  # (rank class, slot) -> value
         self.num_rows_run = 0
+        self._host: dict[tuple[int | None, int], list[str | None]] = {}  # (page class, host page) -> values by offset
         self._adapters: dict[int, _FakeAdapter] = {}
 
-    def allocate(self, kv_bytes: int) -> None:
+    def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None:
         self.base.clear()
         self.residuals.clear()
+        self._host.clear()
 
     def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]:
         kind, _, rest = path.partition(":")
@@ -113,6 +115,27 @@ class FakeModelRunner:
 
     def check_guide(self, guide: Any) -> None:
         raise Unsupported(guide.kind.value, guide.text, "this fake has no tokenizer", "Use a real engine.")
+
+    def swap(self, batch: Any) -> None:
+        """A page that is copied out is gone from the device: whoever still reads it there fails."""
+        size = self.geometry.page_size
+        for swap in batch.swap_outs:
+            for page, host_page in zip(swap.device_pages.tolist(), swap.host_pages.tolist(), strict=True):
+                slots = range(page * size, (page + 1) * size)
+                self._host[swap.page_class, host_page] = [self._pop(swap.page_class, slot) for slot in slots]
+        for swap in batch.swap_ins:
+            for page, host_page in zip(swap.device_pages.tolist(), swap.host_pages.tolist(), strict=True):
+                for offset, value in enumerate(self._host.pop((swap.page_class, host_page))):
+                    self._put(swap.page_class, page * size + offset, value)
+
+    def _pop(self, page_class: int | None, slot: int) -> str | None:
+        return self.base.pop(slot, None) if page_class is None else self.residuals.pop((page_class, slot), None)
+
+    def _put(self, page_class: int | None, slot: int, value: str | None) -> None:
+        if value is not None and page_class is None:
+            self.base[slot] = value
+        elif value is not None and page_class is not None:
+            self.residuals[page_class, slot] = value
 
     def run(self, batch: Any, sampling: Sequence[tuple[Any, int]]) -> StepResult:
         """Run the rows one by one, in the order of their positions within each span.

@@ -102,6 +102,10 @@ class ForkKVWorker:
         """Raises NotFound, FailedPrecondition."""
         await self._thread.call(lambda engine: engine.unload_adapter(name))
 
+    async def release_hint(self, session_id: str) -> None:
+        """The session is closed: its context is evicted like any other from now on. Unknown ones are ignored."""
+        await self._thread.call(lambda engine: engine.release_hint(session_id))
+
     async def list_adapters(self) -> tuple[AdapterInfo, ...]:
         return await self._thread.call(lambda engine: engine.list_adapters())
 

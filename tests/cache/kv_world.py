@@ -21,7 +21,7 @@ from forkkv_cluster.cache.page_pool import PageClass
 from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.events import BaseEvicted, BaseStored, CacheEvent, ResidualEvicted, ResidualStored
 from forkkv_cluster.core.prefix import BASE_WRITER, PrefixKey, TokenArray, prefix_key
-from tests.cache.physical_memory import Content, PhysicalMemory, WatchedPool
+from tests.cache.physical_memory import Content, PhysicalMemory, WatchedPool, copy_page
 
 RANK_CLASS = {"a": 8, "b": 8, "c": 16, "n": None}
 """Adapters of the tests, by digest; ``n`` has no LoRA on k and v, so it needs no residual."""
@@ -41,6 +41,7 @@ class Branch:
     sharing: str = "eager"
     namespace: str = "tenant"
     writer: str = BASE_WRITER
+    owner: str = ""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ class Branch:
 
     def key(self, page_size: int, num_tokens: int | None = None) -> PrefixKey:
         tokens = np.array(self.tokens[:num_tokens], dtype=np.int32)
-        return prefix_key(
+        key = prefix_key(
             tokens,
             block_size=page_size,
             context_len=self.context_len,
@@ -72,6 +73,7 @@ class Branch:
             sharing=self.sharing,
             writer=self.writer,
         )
+        return replace(key, owner=self.owner)
 
     # --- contents -------------------------------------------------------------------------------------------------
 
@@ -162,15 +164,21 @@ class Directory:
 class World:
     """Runs passes and turns over one manager, checking every read and every write."""
 
-    def __init__(self, page_size: int = 4, num_slabs: int = 64) -> None:
+    def __init__(self, page_size: int = 4, num_slabs: int = 64, num_host_slabs: int = 0) -> None:
         # 24 elements a base row and classes 8 and 16: a slab holds 2 base pages, or 6, or 3 residual pages.
         self.geometry = KVGeometry(1, 2, 12, page_size, 4, rank_classes=(8, 16))
         self.page_size = page_size
-        self.manager = KVCacheManager(self.geometry, num_slabs * self.geometry.slab_bytes)
+        slab_bytes = self.geometry.slab_bytes
+        self.manager = KVCacheManager(self.geometry, num_slabs * slab_bytes, num_host_slabs * slab_bytes)
         self.physical = PhysicalMemory(self.geometry)
+        self.host_physical = PhysicalMemory(self.geometry)
         self.kv = self.manager._memory
-        self.kv.pool = WatchedPool(self.geometry, num_slabs, self.physical)
-        self.kv.merged = MergedKeys(self.geometry, self.kv.pool, max_share=1.0)
+        self.pool = WatchedPool(self.geometry, num_slabs, self.physical, is_lazy=num_host_slabs > 0)
+        self.kv.pool = self.pool
+        self.kv.merged = MergedKeys(self.geometry, self.pool, max_share=1.0)
+        self.host_pool = WatchedPool(self.geometry, num_host_slabs, self.host_physical, is_lazy=True)
+        if self.kv.host is not None:
+            self.kv.host.pool = self.host_pool
         self.passes: list[Pass] = []
         self.turns: list[Turn] = []
         self.directory = Directory()
@@ -179,6 +187,8 @@ class World:
 
     def check(self) -> None:
         """Everything that must hold between two steps."""
+        self.manager.check_invariants()
+        self.swap()
         self.manager.check_invariants()
         for item in self.passes:
             self._check_pass(item)
@@ -198,10 +208,37 @@ class World:
         assert sum(pool.num_pinned for pool in self.manager.pools()) == 0
         while self.kv.tree.evict_oldest():
             pass
+        while self.kv.merged.give_back():
+            pass
         self.check()
+        if self.kv.host is not None:
+            self._check_host_is_a_whole()
         assert len(self.kv.tree) == 0
         assert list(self.kv.tree.seeds()) == []
         assert self.kv.pool.num_used_slabs == 0
+
+    def swap(self) -> None:
+        """What the device does before a step, in its order; pages that changed hands in between are wiped before it reads."""
+        self.host_pool.wipe()
+        plan = self.manager.take_swaps()
+        for out in plan.outs:
+            for pages in zip(out.device_pages.tolist(), out.host_pages.tolist(), strict=True):
+                copy_page(self.physical, self.host_physical, out.page_class, pages, self.page_size)
+        self.pool.wipe()
+        for back in plan.ins:
+            for pages in zip(back.host_pages.tolist(), back.device_pages.tolist(), strict=True):
+                copy_page(self.host_physical, self.physical, back.page_class, pages, self.page_size)
+        self.host_pool.wipe()
+
+    def _check_host_is_a_whole(self) -> None:
+        """With an empty device, all that is on the host can be given up: leaf by leaf, down to an empty pool."""
+        host = self.kv.host
+        assert host is not None
+        while (oldest := host._lru.oldest()) is not None:
+            host._drop(oldest)
+            self.manager.check_invariants()
+        assert len(host) == 0
+        assert host.pool.num_used_slabs == 0
 
     def _read(self, page_class: PageClass, pages: Sequence[int] | TokenArray, position: int) -> Content:
         page = int(pages[position // self.page_size])
@@ -292,8 +329,12 @@ class World:
         """Any adapter's key of that context serves: only its chain of context blocks counts."""
         return replace(branch, own=(), adapter="a", sharing="eager").key(self.page_size)
 
+    def context_tokens(self, branch: Branch) -> TokenArray:
+        return np.array(branch.context, dtype=np.int32)
+
     def step_pass(self, item: Pass, num_rows: int = 10**6) -> None:
         """Run the next rows; the pass is released when it has run all."""
+        self.swap()
         lease, owners = item.lease, self._owners()
         end = min(item.computed + num_rows, lease.num_tokens)
         for position in range(item.computed, end):
@@ -315,12 +356,21 @@ class World:
 
     def context_is_here(self, branch: Branch) -> bool:
         """Base and residual, in full."""
-        tokens = np.array(branch.context, dtype=np.int32)
+        tokens = self.context_tokens(branch)
         found = self.manager.match_context(self.context_key(branch), tokens, len(tokens), branch.residual)
         return found.base_len == found.residual_len == len(tokens)
 
+    def restore(self, branch: Branch) -> None:
+        """As the engine does before it looks at what is missing of a context."""
+        tokens = self.context_tokens(branch)
+        wanted = (branch.residual,) if branch.residual is not None else ()
+        for residuals in ((), wanted) if branch.sharing == "residual" else (wanted,):
+            self.manager.restore_context(self.context_key(branch), tokens, len(tokens), residuals)
+
     def prepare(self, branch: Branch, optional: Sequence[ResidualKey] = ()) -> bool:
         """Run the passes that the branch's context lacks, as the engine plans them; False when there is no room."""
+        if branch.is_shared:
+            self.restore(branch)
         if not branch.is_shared or self.context_is_here(branch):
             return True
         own = (branch.residual,) if branch.residual is not None else ()
@@ -353,6 +403,7 @@ class World:
 
     def step_turn(self, turn: Turn, num_rows: int = 10**6) -> None:
         """Copy the tail, run the next rows, commit."""
+        self.swap()
         lease, owners = turn.lease, self._owners()
         if lease.tail is not None:
             target = int(lease.pages[lease.num_blocks_in_tree])
@@ -365,6 +416,14 @@ class World:
             self._write(owners, None, int(lease.pages[block]), offset, content)
         turn.computed = end
         self.manager.commit(lease, end)
+
+    def use_merged_keys(self, turn: Turn) -> None:
+        """A step of the turn reads its adapter's whole K, if it has one and there is memory for it."""
+        self.manager.use_merged_keys(turn.lease, is_worth_making=True)
+        use = turn.lease.merged_keys
+        if use is not None:
+            assert use.run.num_tokens == len(turn.lease.residual_pages) * self.page_size
+        self.manager.note_merged_keys_written()
 
     def generate(self, turn: Turn, token: int) -> bool:
         """One more token; False, and the turn is preempted, when there is no page for it."""

@@ -43,19 +43,39 @@ class PhysicalMemory:
 
 
 class WatchedPool(PagePool):
-    """A page pool that wipes pages when they are handed out and when they come back."""
+    """A page pool that wipes pages when they are handed out and when they come back.
 
-    def __init__(self, geometry: KVGeometry, num_slabs: int, memory: PhysicalMemory) -> None:
+    ``is_lazy``: at the next ``wipe``, as copies that were decided before may still have to read a page that is free now.
+    """
+
+    def __init__(self, geometry: KVGeometry, num_slabs: int, memory: PhysicalMemory, *, is_lazy: bool = False) -> None:
         super().__init__(geometry, num_slabs)
         self._memory = memory
+        self._is_lazy = is_lazy
+        self._unwiped: list[tuple[PageClass, int]] = []
 
     def allocate(self, page_class: PageClass, num_pages: int) -> list[int] | None:
         pages = super().allocate(page_class, num_pages)
-        for page in pages or ():
-            self._memory.forget(page_class, page)
+        self._changed_hands(page_class, pages or [])
         return pages
 
     def free(self, page_class: PageClass, pages: list[int]) -> None:
         super().free(page_class, pages)
-        for page in pages:
+        self._changed_hands(page_class, pages)
+
+    def wipe(self) -> None:
+        """Pages that changed hands since the last call hold nothing."""
+        for page_class, page in self._unwiped:
             self._memory.forget(page_class, page)
+        self._unwiped.clear()
+
+    def _changed_hands(self, page_class: PageClass, pages: list[int]) -> None:
+        self._unwiped += [(page_class, page) for page in pages]
+        if not self._is_lazy:
+            self.wipe()
+
+
+def copy_page(source: PhysicalMemory, target: PhysicalMemory, page_class: PageClass, pages: tuple[int, int], size: int) -> None:
+    """A whole page of ``size`` tokens, from page pages[0] of ``source`` to page pages[1] of ``target``."""
+    for offset in range(size):
+        target.write(page_class, pages[1], offset, source.read(page_class, pages[0], offset))

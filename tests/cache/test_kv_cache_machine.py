@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import ceil
 from typing import TypeVar
 
+import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -36,9 +37,10 @@ def pick(data: st.DataObject, items: list[Item]) -> Item:
 class KVCacheMachine(RuleBasedStateMachine):
     """``histories``: branches as their last turn left them; the next turn of any of them may come at any time."""
 
-    @initialize(page_size=st.integers(1, 8), num_slabs=st.integers(3, 24))
-    def start(self, page_size: int, num_slabs: int) -> None:
-        self.world = World(page_size, num_slabs)
+    @initialize(page_size=st.integers(1, 8), num_slabs=st.integers(3, 24), num_host_slabs=st.sampled_from([0, 1, 2, 6, 30]))
+    def start(self, page_size: int, num_slabs: int, num_host_slabs: int) -> None:
+        self.world = World(page_size, num_slabs, num_host_slabs)
+        self.now_s = 0.0
         self.contexts: list[tuple[int, ...]] = [(0, 1, 0, 0, 1, 0, 1, 1, 0), (0, 1, 0, 0, 1)]
         self.histories: list[Branch] = []
 
@@ -108,7 +110,49 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.histories = [*self.histories[-8:], running.history]
         self.world.drop_turn(running)
 
+    @rule(data=st.data(), session=st.sampled_from(["s", "t", "u"]), names=st.sets(st.sampled_from(["a", "b", "c"])),
+          keep_s=st.integers(1, 5))  # fmt: skip
+    def keep_a_context(self, data: st.DataObject, session: str, names: set[str], keep_s: int) -> None:
+        branch = Branch(data.draw(st.sampled_from(self.contexts)), ())
+        context = np.array(branch.context, dtype=np.int32)
+        key, keys = self.world.context_key(branch), eager_keys(names)
+        self.world.manager.keep_context(session, key, context, len(context), keys, self.now_s + keep_s)
+
+    @rule(session=st.sampled_from(["s", "t", "u"]))
+    def close_a_session(self, session: str) -> None:
+        self.world.manager.release_hint(session)
+
+    @rule(seconds=st.integers(1, 3))
+    def time_passes(self, seconds: int) -> None:
+        self.now_s += seconds
+        self.world.manager.expire_hints(self.now_s)
+
     # --- what the engine does ---------------------------------------------------------------------------------------
+
+    @rule()
+    def attend_through_whole_keys(self) -> None:
+        for turn in self.world.turns:
+            self.world.use_merged_keys(turn)
+
+    @rule(count=st.integers(1, 12))
+    def others_need_memory(self, count: int) -> None:
+        """So many pages are evicted, to the host where there is one, and what they held is asked for again some time."""
+        for _ in range(count):
+            self.world.kv.tree.evict_oldest()
+
+    @precondition(lambda self: self.histories)
+    @rule(data=st.data(), count=st.integers(2, 5))
+    def start_and_drop_several_before_the_next_step(self, data: st.DataObject, count: int) -> None:
+        """No copy is made between them: what one evicts, another gets, and a third may want back."""
+        for _ in range(count):
+            branch = data.draw(st.sampled_from(self.histories))
+            if branch.is_shared:
+                self.world.restore(branch)
+            if len(self.world.turns) < MAX_RUNNING and (not branch.is_shared or self.world.context_is_here(branch)):
+                turn = self.world.open_turn(branch, room=4)
+                if turn is not None and data.draw(st.booleans()):
+                    self.world.drop_turn(turn)
+            self.world.manager.check_invariants()
 
     @precondition(lambda self: self.world.turns)
     @rule(data=st.data(), num_rows=rows, token=st.integers(0, 1))

@@ -12,12 +12,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from forkkv_cluster.__main__ import banner, cli, merged_config, parse_adapter
-from forkkv_cluster.cli.status import worker_table
+from forkkv_cluster.cli.status import memory_table, worker_table
 from forkkv_cluster.client import Status
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.request import ModelInfo
-from forkkv_cluster.core.status import ClusterStatus, EngineCounters, EngineStatus, WorkerStatus
+from forkkv_cluster.core.status import ClusterStatus, EngineCounters, EngineStatus, Holding, WorkerStatus
 
 runner = CliRunner()
 
@@ -56,6 +56,25 @@ def test_a_bad_option_is_named_as_in_a_file() -> None:
     result = runner.invoke(cli, ["serve", "--kv-bytes", "lots"])
     assert result.exit_code == 2
     assert "kv_bytes" in result.stderr
+
+
+def test_status_shows_whose_memory_it_is_the_largest_first() -> None:
+    holdings = tuple(Holding("tenant", name, 1024 * count) for name, count in [("a", 9), ("b", 8), ("", 7), ("d", 1), ("e", 1)])
+    counters = EngineCounters(useful_hit_tokens=77, swapped_out_bytes=2048, swapped_in_bytes=1024)
+    engine = EngineStatus(0, 0, 0, 1, 1, 1, (), counters, (), 4096, 2048, -512, holdings)
+    model = ModelInfo("m", "d", 8, 8, 8, "float32")
+    worker = WorkerStatus("worker-1", 1, 42, "cpu", model, engine)
+    table = memory_table(Status(ClusterStatus("1", (worker,), None, 0, 0), model))
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells == [
+        "worker-1",
+        "-512 B, 77 tokens",
+        "2.0 KiB of 4.0 KiB",
+        "2.0 KiB/1.0 KiB",
+        "a 9.0 KiB, b 8.0 KiB, (none) 7.0 KiB, 2 more",
+        "none",
+        "none",
+    ]
 
 
 @pytest.mark.parametrize("text", ["planner", "=dir", "planner=", ""])

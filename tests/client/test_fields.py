@@ -44,6 +44,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "what to join": ("what", lambda client, session: session.join("p", what="bogus")),
     "adapters as one text": ("adapters", lambda client, session: client.create_session("x", adapters="planner")),
     "a tenant that is no text": ("tenant", lambda client, session: client.create_session("x", tenant=5)),
+    "a time to keep that is no number": ("keep_s", lambda client, session: client.create_session("x", keep_s="long")),
     "a document that is no text": ("document", lambda client, session: client.create_session(5)),
     "a prompt that is no text": ("prompt", lambda client, session: client.generate(5)),
     "half a character": ("prompt", lambda client, session: client.generate("\ud800")),

@@ -30,6 +30,8 @@ def nested(path: str, value: object) -> dict[str, Any]:
         ("cache.kv_bytes", "-1GiB"),
         ("cache.kv_bytes", True),
         ("cache.kv_bytes", 1.5),
+        ("cache.host_bytes", -1),
+        ("cache.host_bytes", "much"),
         ("cache.page_size", 0),
         ("cache.page_size", 2048),
         ("cache.page_size", "many"),
@@ -207,9 +209,9 @@ def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
 
 def test_a_yaml_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
-    path.write_text("cache: {kv_bytes: 1MiB}\nadapters:\n  - {name: a, path: dir/a}\n")
+    path.write_text("cache: {kv_bytes: 1MiB, host_bytes: 3 MiB}\nadapters:\n  - {name: a, path: dir/a}\n")
     config = load_config(path)
-    assert config.cache.kv_bytes == 2**20
+    assert (config.cache.kv_bytes, config.cache.host_bytes) == (2**20, 3 * 2**20)
     assert config.adapters[0].name == "a"
 
 

@@ -13,7 +13,7 @@ from forkkv_cluster.core.errors import Aborted, AlreadyExists, FailedPreconditio
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import AdapterRef, Sharing, WriterMode
-from forkkv_cluster.core.session import Branch, BranchSpec, BusyBranches, JoinWhat, Session, Turn
+from forkkv_cluster.core.session import MAX_KEEP_S, Branch, BranchSpec, BusyBranches, JoinWhat, Session, Turn
 
 PLANNER, CRITIC = AdapterRef("planner", AdapterDigest("p")), AdapterRef("critic", AdapterDigest("c"))
 
@@ -38,6 +38,28 @@ def forked() -> Session:
 
 def joined(state: Session, branch: str, what: JoinWhat = JoinWhat.ALL) -> Session:
     return state.join(branch, what)[0]
+
+
+# --- keep -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_s", [0.0, 0.5, MAX_KEEP_S])
+def test_a_shared_context_may_be_kept_for_a_day_at_most(keep_s: float) -> None:
+    replace(session(), keep_s=keep_s).check_keep()
+
+
+@pytest.mark.parametrize("keep_s", [-1.0, MAX_KEEP_S + 1, float("nan"), float("inf")])
+def test_another_time_is_refused_by_name(keep_s: float) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        replace(session(), keep_s=keep_s).check_keep()
+    assert caught.value.field == "keep_s"
+
+
+@pytest.mark.parametrize("state", [session(Sharing.ISOLATED), session(Sharing.RESIDUAL, WriterMode.FIRST)])
+def test_a_session_that_runs_no_context_pass_keeps_nothing(state: Session) -> None:
+    state.check_keep()
+    with pytest.raises(InvalidArgument, match="no shared context"):
+        replace(state, keep_s=1.0).check_keep()
 
 
 # --- fork -------------------------------------------------------------------------------------------------------------

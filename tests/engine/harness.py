@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -33,13 +34,22 @@ class FakeEngine:
     """``Engine`` over ``FakeModelRunner`` with five adapters: a8, b8 (rank 8), c16 (rank 16), n0 (no LoRA on k and v) and
     v8, an aLoRA that tokens 1, 2 invoke."""
 
-    def __init__(self, *, page_size: int = 4, num_slabs: int = 64, eos: tuple[int, ...] = (), **scheduler: int) -> None:
+    def __init__(
+        self,
+        *,
+        page_size: int = 4,
+        num_slabs: int = 64,
+        num_host_slabs: int = 0,
+        eos: tuple[int, ...] = (),
+        **scheduler: int,
+    ) -> None:
         geometry = KVGeometry(2, 2, 8, page_size, 4, rank_classes=(8, 16))
         self.page_size = page_size
         self.runner = FakeModelRunner(geometry, eos=eos)
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 8, **scheduler})
-        self.engine = Engine(self.runner, num_slabs * geometry.slab_bytes, config, self.clock)
+        kv_bytes, host_bytes = num_slabs * geometry.slab_bytes, num_host_slabs * geometry.slab_bytes
+        self.engine = Engine(self.runner, kv_bytes, config, self.clock, host_bytes=host_bytes)
         self.adapters: dict[str, AdapterRef] = {}
         for name, rank in (("a8", "8"), ("b8", "8"), ("c16", "16"), ("n0", "0"), ("v8", "8:1,2")):
             self.adapters[name] = self.engine.load_adapter(name, f"fake:{name}:{rank}").ref
@@ -106,7 +116,12 @@ class FakeEngine:
         )
 
     def context_request(
-        self, context: Sequence[int], declared: Sequence[str], sharing: str = "eager", namespace: str = "tenant"
+        self,
+        context: Sequence[int],
+        declared: Sequence[str],
+        sharing: str = "eager",
+        namespace: str = "tenant",
+        **fields: Any,
     ) -> ContextRequest:
         tokens = np.array(context, dtype=np.int32)
         key = prefix_key(
@@ -119,7 +134,7 @@ class FakeEngine:
             sharing=sharing,
         )
         refs = tuple(self.adapters[name] for name in declared)
-        return ContextRequest(RequestId(f"r{next(_ids)}"), tokens, refs, Sharing(sharing), namespace, key)
+        return ContextRequest(RequestId(f"r{next(_ids)}"), tokens, refs, Sharing(sharing), namespace, key, **fields)
 
     def add(self, request: GenerateRequest | ContextRequest) -> str:
         self.engine.add_request(request)

@@ -29,12 +29,22 @@ _seeds = count(1)
 class TinyEngine(FakeEngine):
     """The harness over the tiny random Llama instead of the fake model; memory starts as NaN."""
 
-    def __init__(self, kit: TinyKit, page_size: int, *, num_slabs: int = 400, **scheduler: int) -> None:
+    def __init__(
+        self,
+        kit: TinyKit,
+        page_size: int,
+        *,
+        num_slabs: int = 400,
+        num_host_slabs: int = 0,
+        runner_type: type[TorchRunner] = TorchRunner,
+        **scheduler: int,
+    ) -> None:
         self.page_size = page_size
-        self.runner = TorchRunner.from_directory(kit.model_dir, dtype="float32", device="cpu", page_size=page_size)  # type: ignore[assignment]
+        self.runner = runner_type.from_directory(kit.model_dir, dtype="float32", device="cpu", page_size=page_size)  # type: ignore[assignment]
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 64, "max_num_seqs": 16, **scheduler})
-        self.engine = Engine(self.runner, num_slabs * self.runner.geometry.slab_bytes, config, self.clock)
+        slab_bytes = self.runner.geometry.slab_bytes
+        self.engine = Engine(self.runner, num_slabs * slab_bytes, config, self.clock, host_bytes=num_host_slabs * slab_bytes)
         self.runner.kv.arena.fill_(float("nan"))  # type: ignore[attr-defined]
         loaded = {name: self.engine.load_adapter(name, str(path)) for name, path in kit.adapter_dirs.items()}
         self.adapters = {name: info.ref for name, info in loaded.items()}

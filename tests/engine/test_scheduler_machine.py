@@ -22,9 +22,20 @@ tokens = st.lists(st.integers(0, 2), min_size=1, max_size=5)
 class EngineMachine(RuleBasedStateMachine):
     """``expected``: request id -> what it must answer; ``histories``: (context, own so far, adapter, sharing) of branches."""
 
-    @initialize(page_size=st.sampled_from([1, 2, 4]), num_slabs=st.integers(40, 60), batch=st.sampled_from([3, 8, 64]))
-    def start(self, page_size: int, num_slabs: int, batch: int) -> None:
-        self.fake = FakeEngine(page_size=page_size, num_slabs=num_slabs, max_num_batched_tokens=batch, max_num_seqs=4)
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4]),
+        num_slabs=st.integers(40, 60),
+        num_host_slabs=st.sampled_from([0, 4, 100]),
+        batch=st.sampled_from([3, 8, 64]),
+    )
+    def start(self, page_size: int, num_slabs: int, num_host_slabs: int, batch: int) -> None:
+        self.fake = FakeEngine(
+            page_size=page_size,
+            num_slabs=num_slabs,
+            num_host_slabs=num_host_slabs,
+            max_num_batched_tokens=batch,
+            max_num_seqs=4,
+        )
         self.contexts: list[list[int]] = [[0, 1, 2, 0, 1, 2, 0]]
         self.expected: dict[str, list[int]] = {}
         self.excused: set[str] = set()
@@ -104,6 +115,13 @@ class EngineMachine(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.expected)))
         self.fake.engine.abort(request_id)  # type: ignore[arg-type]
         self.excused.add(request_id)
+
+    @rule(copied=st.sampled_from([1, 10**12]))
+    def measure_copies_that_are_much_slower_or_faster_than_prefill(self, copied: int) -> None:
+        estimate = self.fake.engine._kv.swap_estimate
+        if estimate is not None:
+            estimate.copied_bytes.note(copied, 1.0)
+            estimate.prefilled_tokens.note(1000, 1.0)
 
     @rule(seconds=st.sampled_from([1, 60]))
     def let_time_pass(self, seconds: int) -> None:

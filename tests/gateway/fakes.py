@@ -103,6 +103,7 @@ class FakePool:
     chunk_len: int = 1
     generated: list[GenerateRequest] = field(default_factory=list)
     contexts: list[ContextRequest] = field(default_factory=list)
+    released_hints: list[str] = field(default_factory=list)
     num_open: int = 0
     num_cancelled: int = 0
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -169,6 +170,9 @@ class FakePool:
             return [getattr(self, f"_{method}")(*arguments)]
         except ForkKVError as error:
             return [error]
+
+    def _release_hint(self, session_id: str) -> None:
+        self.released_hints.append(session_id)
 
     def _list_adapters(self) -> tuple[AdapterInfo, ...]:
         return tuple(self.adapters.values())

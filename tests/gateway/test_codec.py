@@ -12,13 +12,14 @@ from forkkv_cluster.client import messages
 from forkkv_cluster.client.results import Delta, Finished, GenerationBuilder, PromptLogprobs, Started
 from forkkv_cluster.core import request as core_request
 from forkkv_cluster.core.errors import InvalidArgument, NotFound
-from forkkv_cluster.core.request import FinishReason, Guide, GuideKind, PrefixUsage, Priority, Sharing, TokenLogprob
-from forkkv_cluster.core.session import BranchSpec, JoinWhat
+from forkkv_cluster.core.request import FinishReason, Guide, GuideKind, PrefixUsage, Priority, Sharing, TokenLogprob, WriterMode
+from forkkv_cluster.core.session import BranchSpec, JoinWhat, Session
 from forkkv_cluster.core.status import (
     ClusterStatus,
     DirectoryStatus,
     EngineCounters,
     EngineStatus,
+    Holding,
     PoolStatus,
     WorkerStatus,
 )
@@ -114,6 +115,15 @@ def test_a_fork_point_of_zero_is_not_a_missing_one(shared: int | None) -> None:
     assert codec.read_generate(message).target == StatelessTarget(None, Sharing.BASE, shared, "g", "t")
 
 
+def test_how_long_to_keep_a_session_arrives_as_sent_and_comes_back() -> None:
+    message = messages.create_session_request(
+        document="x", token_ids=None, adapters=(), sharing=None, sharing_group="", tenant="", keep_s=2.5
+    )
+    assert codec.read_create_session(message).keep_s == 2.5
+    session = Session("s", "t", np.zeros(1, dtype=np.int32), (), Sharing.EAGER, WriterMode.CANONICAL, 0.0, keep_s=2.5)
+    assert messages.read_session(codec.write_session(session)).keep_s == 2.5
+
+
 def test_a_request_without_target_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="target"):
         codec.read_generate(sessions_pb2.GenerateRequest(text="x"))
@@ -152,9 +162,10 @@ def test_a_replayed_turn_has_no_finish_reason() -> None:
 
 
 def test_a_status_comes_back_as_written() -> None:
-    counters = EngineCounters(*range(1, 14))
+    counters = EngineCounters(*range(1, 1 + len(EngineCounters.__slots__)))
     pools = (PoolStatus("base", 1024, 10, 5, 3, 2),)
-    engine = EngineStatus(1, 2, 3, 4, 5, 6, pools, counters, (adapter_info("planner"),))
+    holdings = (Holding("tenant", "acme", 2**40), Holding("session", "s", 3))
+    engine = EngineStatus(1, 2, 3, 4, 5, 6, pools, counters, (adapter_info("planner"),), 2**40, 7, -8, holdings)
     worker = WorkerStatus("worker-1", 2**60, 42, "cpu", MODEL, engine, 7, ("request-1",))
     directory = DirectoryStatus("incarnation", 1, 2, 3, 4)
     status = ClusterStatus("1.0", (worker,), directory, 5, 6, (adapter_info("planner"),))

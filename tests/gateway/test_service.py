@@ -77,6 +77,46 @@ async def test_a_session_is_stored_and_its_context_pass_runs_behind() -> None:
     assert [adapter.name for adapter in context_pass.declared] == ["planner", "critic"]
 
 
+async def test_a_session_that_is_to_be_kept_says_so_with_each_pass_and_until_it_is_closed() -> None:
+    pool = FakePool()
+    service = make_service(pool)
+    session = await forked(service, create=replace(CREATE, keep_s=30.0))
+    await run(service, turn(session))
+    await service.join(None, session.session_id, "p", JoinWhat.ALL)
+    await settle()
+    assert [context_pass.keep_s for context_pass in pool.contexts] == [30.0, 30.0]
+    assert pool.released_hints == []
+    await service.close_session(None, session.session_id)
+    await settle()
+    assert pool.released_hints == [session.session_id]
+
+
+async def test_what_only_one_branch_needs_is_not_kept() -> None:
+    pool = FakePool()
+    service = make_service(pool)
+    session = await forked(service, create=replace(CREATE, keep_s=30.0))
+    await run(service, turn(session))
+    await service.fork(None, session.session_id, (BranchSpec("q", "critic"),), "p")
+    await settle()
+    assert [context_pass.keep_s for context_pass in pool.contexts] == [30.0, 0.0]
+
+
+async def test_a_time_to_keep_that_makes_no_sense_makes_no_session() -> None:
+    service = make_service(FakePool())
+    with pytest.raises(InvalidArgument, match="keep_s"):
+        await service.create_session(None, replace(CREATE, keep_s=-1.0))
+    assert await service.list_sessions(None) == []
+
+
+async def test_a_session_that_is_not_kept_releases_nothing() -> None:
+    pool = FakePool()
+    service = make_service(pool)
+    session = await service.create_session(None, CREATE)
+    await service.close_session(None, session.session_id)
+    await settle()
+    assert pool.released_hints == []
+
+
 async def test_an_isolated_session_has_no_context_pass() -> None:
     pool = FakePool()
     await make_service(pool).create_session(None, CreateSessionCommand(CREATE.context, ("planner",), Sharing.ISOLATED))

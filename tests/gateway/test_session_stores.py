@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,14 @@ def test_a_turn_that_was_stored_without_a_fingerprint_is_read() -> None:
     old = {**fields, "branch:a": fields["branch:a"].replace(b', "fingerprint-1"]', b"]")}
     assert old != fields
     assert from_fields(old).branch("a").turns == (Turn(0, 1, 3, "turn-1"),)
+
+
+def test_how_long_to_keep_survives_and_is_none_in_sessions_stored_without_it() -> None:
+    fields = to_fields(replace(worked_session(), keep_s=30.0))
+    assert from_fields(fields).keep_s == 30.0
+    old = {**fields, "meta": fields["meta"].replace(b', "keep_s": 30.0', b"")}
+    assert old != fields
+    assert from_fields(old).keep_s == 0.0
 
 
 def test_only_what_changed_is_written() -> None:

@@ -4,7 +4,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from forkkv_cluster.core.request import ModelInfo
-from forkkv_cluster.core.status import ClusterStatus, DirectoryStatus, EngineCounters, EngineStatus, PoolStatus, WorkerStatus
+from forkkv_cluster.core.status import (
+    ClusterStatus,
+    DirectoryStatus,
+    EngineCounters,
+    EngineStatus,
+    Holding,
+    PoolStatus,
+    WorkerStatus,
+)
 from forkkv_cluster.observability.metrics import CLUSTER_METRICS, GatewayMetrics, render
 
 UNITS = (
@@ -35,7 +43,13 @@ def cluster(directory: DirectoryStatus | None = None) -> ClusterStatus:
         base_bytes_held=640,
         residual_bytes_held=10,
         pools=(PoolStatus("base", 64, 10, 1, 2, 7),),
-        counters=EngineCounters(prefill_tokens_run=4096, base_hit_tokens=100, residual_hit_tokens=90, useful_hit_tokens=80),
+        counters=EngineCounters(
+            prefill_tokens_run=4096, base_hit_tokens=100, residual_hit_tokens=90, useful_hit_tokens=80, swapped_in_pages=6
+        ),
+        host_bytes_total=512,
+        host_bytes_held=128,
+        sharing_saved_bytes=-3,
+        holdings=(Holding("tenant", "acme", 600), Holding("adapter", "planner", 10)),
     )
     worker = WorkerStatus("worker-1", 1, 42, "cpu", ModelInfo("m", "d", 8, 8, 8, "float32"), engine, events_published=5)
     return ClusterStatus("0.1.0", (worker,), directory, num_sessions=4, num_branches=9)
@@ -58,6 +72,16 @@ def test_a_status_becomes_samples_with_labels() -> None:
     assert found["forkkv_kv_held_bytes", (("kv", "base"), worker)] == 640
     assert found["forkkv_pool_pages", (("pool", "base"), ("state", "pinned"), worker)] == 7
     assert found["forkkv_branches", ()] == 9
+
+
+def test_a_status_says_whose_memory_it_is_and_what_sharing_and_the_host_tier_do() -> None:
+    found = samples(render(cluster(), GatewayMetrics()))
+    worker = ("worker", "worker-1")
+    assert found["forkkv_kv_owned_bytes", (("kind", "tenant"), ("name", "acme"), worker)] == 600
+    assert found["forkkv_kv_owned_bytes", (("kind", "adapter"), ("name", "planner"), worker)] == 10
+    assert found["forkkv_sharing_saved_bytes", (worker,)] == -3
+    assert found["forkkv_host_bytes", (("state", "held"), worker)] == 128
+    assert found["forkkv_swapped_pages_total", (("direction", "in"), worker)] == 6
 
 
 def test_a_directory_that_is_away_reads_as_down() -> None:

@@ -44,6 +44,11 @@ async def test_chunks_carry_the_workers_id(bench: Bench) -> None:
     assert {chunk.worker_id for chunk in chunks} == {bench.worker_id}
 
 
+async def test_a_released_hint_reaches_the_engine(bench: Bench) -> None:
+    await bench.worker.release_hint("session-1")
+    assert bench.engine.released_hints == ["session-1"]
+
+
 async def test_a_context_pass_returns_its_terminal_chunk(bench: Bench) -> None:
     chunk = await bench.worker.run_context(context_request(range(5, 17)))
     assert chunk.usage is not None

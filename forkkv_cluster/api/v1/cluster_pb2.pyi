@@ -46,7 +46,7 @@ class PoolStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., page_bytes: _Optional[int] = ..., num_total: _Optional[int] = ..., num_free: _Optional[int] = ..., num_cached: _Optional[int] = ..., num_pinned: _Optional[int] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
-    __slots__ = ("num_steps", "num_finished", "num_failed", "prefill_tokens_run", "output_tokens", "base_hit_tokens", "residual_hit_tokens", "useful_hit_tokens", "cow_copies", "evictions", "preemptions", "peak_base_bytes", "peak_residual_bytes")
+    __slots__ = ("num_steps", "num_finished", "num_failed", "prefill_tokens_run", "output_tokens", "base_hit_tokens", "residual_hit_tokens", "useful_hit_tokens", "cow_copies", "evictions", "preemptions", "peak_base_bytes", "peak_residual_bytes", "swapped_out_pages", "swapped_in_pages", "swapped_out_bytes", "swapped_in_bytes")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,10 @@ class EngineCounters(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BASE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_RESIDUAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_OUT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_IN_PAGES_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_OUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_IN_BYTES_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_finished: int
     num_failed: int
@@ -73,10 +77,24 @@ class EngineCounters(_message.Message):
     preemptions: int
     peak_base_bytes: int
     peak_residual_bytes: int
-    def __init__(self, num_steps: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_failed: _Optional[int] = ..., prefill_tokens_run: _Optional[int] = ..., output_tokens: _Optional[int] = ..., base_hit_tokens: _Optional[int] = ..., residual_hit_tokens: _Optional[int] = ..., useful_hit_tokens: _Optional[int] = ..., cow_copies: _Optional[int] = ..., evictions: _Optional[int] = ..., preemptions: _Optional[int] = ..., peak_base_bytes: _Optional[int] = ..., peak_residual_bytes: _Optional[int] = ...) -> None: ...
+    swapped_out_pages: int
+    swapped_in_pages: int
+    swapped_out_bytes: int
+    swapped_in_bytes: int
+    def __init__(self, num_steps: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_failed: _Optional[int] = ..., prefill_tokens_run: _Optional[int] = ..., output_tokens: _Optional[int] = ..., base_hit_tokens: _Optional[int] = ..., residual_hit_tokens: _Optional[int] = ..., useful_hit_tokens: _Optional[int] = ..., cow_copies: _Optional[int] = ..., evictions: _Optional[int] = ..., preemptions: _Optional[int] = ..., peak_base_bytes: _Optional[int] = ..., peak_residual_bytes: _Optional[int] = ..., swapped_out_pages: _Optional[int] = ..., swapped_in_pages: _Optional[int] = ..., swapped_out_bytes: _Optional[int] = ..., swapped_in_bytes: _Optional[int] = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("kind", "name", "num_bytes")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    name: str
+    num_bytes: int
+    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "pid", "device", "num_running", "num_waiting", "num_pinned_pages", "kv_bytes_total", "base_bytes_held", "residual_bytes_held", "pools", "counters", "events_published", "busy_request_ids", "adapters")
+    __slots__ = ("worker_id", "epoch", "pid", "device", "num_running", "num_waiting", "num_pinned_pages", "kv_bytes_total", "base_bytes_held", "residual_bytes_held", "pools", "counters", "events_published", "busy_request_ids", "adapters", "host_bytes_total", "host_bytes_held", "sharing_saved_bytes", "holdings")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +110,10 @@ class WorkerStatus(_message.Message):
     EVENTS_PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     BUSY_REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
+    SHARING_SAVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     pid: int
@@ -107,7 +129,11 @@ class WorkerStatus(_message.Message):
     events_published: int
     busy_request_ids: _containers.RepeatedScalarFieldContainer[str]
     adapters: _containers.RepeatedCompositeFieldContainer[_adapters_pb2.Adapter]
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pinned_pages: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., base_bytes_held: _Optional[int] = ..., residual_bytes_held: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., events_published: _Optional[int] = ..., busy_request_ids: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.Adapter, _Mapping]]] = ...) -> None: ...
+    host_bytes_total: int
+    host_bytes_held: int
+    sharing_saved_bytes: int
+    holdings: _containers.RepeatedCompositeFieldContainer[Holding]
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pinned_pages: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., base_bytes_held: _Optional[int] = ..., residual_bytes_held: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., events_published: _Optional[int] = ..., busy_request_ids: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.Adapter, _Mapping]]] = ..., host_bytes_total: _Optional[int] = ..., host_bytes_held: _Optional[int] = ..., sharing_saved_bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ...) -> None: ...
 
 class DirectoryStatus(_message.Message):
     __slots__ = ("incarnation", "version", "num_workers", "num_base_blocks", "num_residual_blocks")

@@ -27,23 +27,25 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class CreateSessionRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "adapters", "sharing", "sharing_group", "tenant")
+    __slots__ = ("text", "token_ids", "adapters", "sharing", "sharing_group", "tenant", "keep_s")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SHARING_FIELD_NUMBER: _ClassVar[int]
     SHARING_GROUP_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_S_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _common_pb2.TokenIds
     adapters: _containers.RepeatedScalarFieldContainer[str]
     sharing: _common_pb2.Sharing
     sharing_group: str
     tenant: str
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[str]] = ..., sharing: _Optional[_Union[_common_pb2.Sharing, str]] = ..., sharing_group: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+    keep_s: float
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[str]] = ..., sharing: _Optional[_Union[_common_pb2.Sharing, str]] = ..., sharing_group: _Optional[str] = ..., tenant: _Optional[str] = ..., keep_s: _Optional[float] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "tenant", "sharing_group", "sharing", "writer", "created_s", "num_context_tokens", "adapters", "branches", "context")
+    __slots__ = ("session_id", "tenant", "sharing_group", "sharing", "writer", "created_s", "num_context_tokens", "adapters", "branches", "context", "keep_s")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SHARING_GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,7 @@ class Session(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     BRANCHES_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_S_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     tenant: str
     sharing_group: str
@@ -64,7 +67,8 @@ class Session(_message.Message):
     adapters: _containers.RepeatedScalarFieldContainer[str]
     branches: _containers.RepeatedCompositeFieldContainer[Branch]
     context: _common_pb2.TokenIds
-    def __init__(self, session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., sharing_group: _Optional[str] = ..., sharing: _Optional[_Union[_common_pb2.Sharing, str]] = ..., writer: _Optional[str] = ..., created_s: _Optional[float] = ..., num_context_tokens: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., branches: _Optional[_Iterable[_Union[Branch, _Mapping]]] = ..., context: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+    keep_s: float
+    def __init__(self, session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., sharing_group: _Optional[str] = ..., sharing: _Optional[_Union[_common_pb2.Sharing, str]] = ..., writer: _Optional[str] = ..., created_s: _Optional[float] = ..., num_context_tokens: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., branches: _Optional[_Iterable[_Union[Branch, _Mapping]]] = ..., context: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., keep_s: _Optional[float] = ...) -> None: ...
 
 class Branch(_message.Message):
     __slots__ = ("name", "adapter", "sharing", "num_context_tokens", "num_own_tokens", "num_turns", "own")
