@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 
 from forkkv_cluster.cache.geometry import KVGeometry
-from forkkv_cluster.core.config import SchedulerConfig
+from forkkv_cluster.core.config import AdapterMemoryConfig, SchedulerConfig
 from forkkv_cluster.core.errors import ForkKVError
 from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.invocation import last_invocation
@@ -25,6 +25,7 @@ from forkkv_cluster.core.request import (
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.testing.fake_model_runner import FakeModelRunner
 from forkkv_cluster.testing.manual_clock import ManualClock
+from forkkv_cluster.testing.manual_loader import ManualLoader
 
 _ids = count()
 
@@ -33,13 +34,31 @@ class FakeEngine:
     """``Engine`` over ``FakeModelRunner`` with five adapters: a8, b8 (rank 8), c16 (rank 16), n0 (no LoRA on k and v) and
     v8, an aLoRA that tokens 1, 2 invoke."""
 
-    def __init__(self, *, page_size: int = 4, num_slabs: int = 64, eos: tuple[int, ...] = (), **scheduler: int) -> None:
+    def __init__(
+        self,
+        *,
+        page_size: int = 4,
+        num_slabs: int = 64,
+        eos: tuple[int, ...] = (),
+        max_device_adapters: int = 8,
+        host_bytes: int = 1000,
+        load_delay: int = 0,
+        **scheduler: int,
+    ) -> None:
+        """``host_bytes``: each adapter weighs 100. ``load_delay``: steps that a read from disk takes."""
         geometry = KVGeometry(2, 2, 8, page_size, 4, rank_classes=(8, 16))
         self.page_size = page_size
         self.runner = FakeModelRunner(geometry, eos=eos)
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 8, **scheduler})
-        self.engine = Engine(self.runner, num_slabs * geometry.slab_bytes, config, self.clock)
+        self.engine = Engine(
+            self.runner,
+            num_slabs * geometry.slab_bytes,
+            config,
+            self.clock,
+            adapter_memory=AdapterMemoryConfig(max_device_adapters=max_device_adapters, host_bytes=host_bytes),
+            adapter_loader=ManualLoader(self.runner.read_adapter, load_delay),
+        )
         self.adapters: dict[str, AdapterRef] = {}
         for name, rank in (("a8", "8"), ("b8", "8"), ("c16", "16"), ("n0", "0"), ("v8", "8:1,2")):
             self.adapters[name] = self.engine.load_adapter(name, f"fake:{name}:{rank}").ref
@@ -63,6 +82,7 @@ class FakeEngine:
         declared: Sequence[str] = (),
         writer: str | None = None,
         namespace: str = "tenant",
+        tenant: str = "",
         resumed: Sequence[int] = (),
         deadline_s: float | None = None,
         priority: Priority = Priority.NORMAL,
@@ -103,6 +123,7 @@ class FakeEngine:
             deadline_s=deadline_s,
             priority=priority,
             invocation_start=start,
+            tenant=tenant,
         )
 
     def context_request(
