@@ -180,13 +180,13 @@ def verdicts(rows: Sequence[Row]) -> list[Measurement]:
 
 
 def rows_table(rows: Sequence[Row], num_registered: int) -> Table:
-    table = Table(title=f"{num_registered:,} adapters registered", title_justify="left")
-    for column in (
-        "active", "slots", "TTFT p50", "TTFT p99", "TTFT max", "tokens/s", "from disk", "evicted", "most overtaken"
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
+    """``read``: adapters that came from disk; ``overtaken``: by how many later requests, at most."""
+    title = f"{num_registered:,} adapters registered; TTFT in milliseconds"
+    table = Table("active", "slots", "p50", "p99", "max", "tokens/s", "read", "evicted", "overtaken", title=title)
+    for column in table.columns:
+        column.justify = "right"
     for row in rows:
-        times = (f"{1000 * s:,.0f} ms" for s in (row.ttft_p50_s, row.ttft_p99_s, row.ttft_max_s))
+        times = (f"{1000 * s:,.0f}" for s in (row.ttft_p50_s, row.ttft_p99_s, row.ttft_max_s))
         counts = (f"{n:,}" for n in (row.disk_loads, row.device_evictions, row.most_overtaken))
         table.add_row(str(row.num_active), str(row.num_slots), *times, f"{row.output_tokens_per_s:,.0f}", *counts)
     return table
