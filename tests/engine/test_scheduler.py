@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from forkkv_cluster.core.errors import FailedPrecondition, ResourceExhausted
-from forkkv_cluster.core.request import GenerateRequest, Priority
+from forkkv_cluster.core.request import AdapterRef, GenerateRequest, Priority
 from forkkv_cluster.engine.batch import Batch
 from tests.engine.harness import FakeEngine
 from tests.engine.recurrence import expected_tokens
@@ -18,6 +19,13 @@ CONTEXT = [(7 * i + 3) % 97 for i in range(30)]
 def prompt(fake: FakeEngine, adapter: str | None, number: int, **options: object) -> GenerateRequest:
     """A request that shares nothing with those of other numbers."""
     return fake.request([], [number % 97, number // 97, 5], adapter, "isolated", **options)  # type: ignore[arg-type]
+
+
+def load_more(fake: FakeEngine, names: list[str]) -> None:
+    """Adapters of rank 8 besides the four."""
+    for name in names:
+        info = fake.engine.load_adapter(name, f"fake:{name}:8")
+        fake.adapters[name] = AdapterRef(name, info.digest)
 
 
 def rows_of_steps(fake: FakeEngine) -> list[int]:
@@ -112,9 +120,7 @@ def test_an_adapter_unloaded_while_its_request_waits_for_a_slot_is_used_to_the_e
 def test_a_context_pass_over_more_adapters_than_slots_takes_as_many_as_fit_each_time() -> None:
     fake = FakeEngine(max_device_adapters=2, host_bytes=0, num_slabs=400, max_num_batched_tokens=64)
     names = [f"x{i}" for i in range(20)]
-    for name in names:
-        info = fake.engine.load_adapter(name, f"fake:{name}:8")
-        fake.adapters[name] = type(fake.adapters["a8"])(name, info.digest)
+    load_more(fake, names)
     fake.run(fake.context_request(CONTEXT, names))
     assert fake.engine.status().counters.prefill_tokens_run == 10 * len(CONTEXT)
     before = fake.engine.status().counters.prefill_tokens_run
@@ -128,12 +134,27 @@ def test_a_pass_beside_busy_slots_waits_for_half_of_them() -> None:
         fake.add(prompt(fake, adapter, number, max_tokens=4 + 4 * number))
     fake.step()
     names = ["x0", "x1"]
-    for name in names:
-        info = fake.engine.load_adapter(name, f"fake:{name}:8")
-        fake.adapters[name] = type(fake.adapters["a8"])(name, info.digest)
+    load_more(fake, names)
     before = fake.engine.status().counters.prefill_tokens_run
     fake.run(fake.context_request(CONTEXT, names))
     assert fake.engine.status().counters.prefill_tokens_run - before == len(CONTEXT), "one pass, not one for each adapter"
+
+
+def test_slots_claimed_for_a_pass_that_another_request_ran_first_are_given_back() -> None:
+    fake = FakeEngine(max_device_adapters=2, host_bytes=0, load_delay=4, num_slabs=200, max_num_batched_tokens=64)
+    load_more(fake, ["x0", "x1"])
+    fake.add(prompt(fake, "x0", 1, max_tokens=20))
+    fake.step()
+    fake.step()
+    late = fake.add(fake.request(CONTEXT, [1], "x0", declared=["x0", "x1"], max_tokens=20))  # waits for x1 as well
+    fake.step()
+    assert fake.engine.status().adapter_memory.num_loading == 2
+    demand = replace(fake.context_request(CONTEXT, ["x0"]), priority=Priority.HIGH)
+    fake.add(demand)
+    while not fake.outputs[late]:
+        fake.step()  # checks that nobody holds more pins than are accounted for
+    assert demand.request_id in fake.last
+    assert fake.engine.status().adapter_memory.num_pinned == 1
 
 
 # --- fairness -----------------------------------------------------------------------------------------------------------
