@@ -134,6 +134,7 @@ def adapters(
 
     active = (1, 4, 8, 16, 32, 64)
     try:
+        check_can_write("--json", json_path)
         rows, measurements = run_adapters(
             kit, registered, active, slots, lambda name: console.print(name, style="dim", highlight=False)
         )

@@ -87,7 +87,7 @@ class ModelRunner:
         """Copy weights that ``read_adapter`` gave to the device, into the lowest free slot; on a CPU they are shared."""
         if not isinstance(weights, AdapterWeights):
             raise TypeError(f"a model runner places AdapterWeights, not {type(weights).__name__}")
-        return self._adapters.add(weights.to(self._device))
+        return self._adapters.add(weights if self._device == _HOST else weights.to(self._device))
 
     def load_adapter(self, name: str, path: str | Path) -> tuple[int, AdapterInfo]:
         """Read and place in one: its slot and facts. Raises as ``read_adapter``; nothing changes then."""
