@@ -28,7 +28,7 @@ class AdapterKit:
 def build_adapter_kit(directory: str | Path, num_adapters: int) -> AdapterKit:
     """Write the kit into ``directory``, or use the complete one of the same size that is there.
 
-    peft writes the first adapter (rank 8 on q, k, v and o; 75 KiB), the others are its files with other numbers.
+    peft writes the first adapter (rank 8 on q, k, v and o; 116 KiB), the others are its files with other numbers.
     Raises FileExistsError when the directory holds anything else.
     """
     target = Path(directory)
