@@ -119,6 +119,33 @@ def offline(
     Console().print(measurement_table("offline: medians", measurements))
 
 
+@app.command()
+def adapters(
+    registered: Annotated[int, typer.Option(help="Adapters that are registered.", min=64)] = 1000,
+    slots: Annotated[int, typer.Option(help="Device slots.", min=1)] = 8,
+    kit: Annotated[Path, typer.Option(help="Directory of the random model and its adapters; written if missing.")] = Path(
+        ".forkkv/adapter-kit"
+    ),
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write rows and measurements here.")] = None,
+) -> None:
+    """Serve 1 to 64 active adapters of many registered ones over few device slots: waiting times, fairness, leaks."""
+    from forkkv_cluster.bench.adapters_bench import rows_json, rows_table  # Here: these need an engine, other verbs do not.
+    from forkkv_cluster.bench.adapters_kit import run_adapters
+
+    active = (1, 4, 8, 16, 32, 64)
+    try:
+        check_can_write("--json", json_path)
+        rows, measurements = run_adapters(
+            kit, registered, active, slots, lambda name: console.print(name, style="dim", highlight=False)
+        )
+    except ForkKVError as error:
+        _fail(error)
+    if json_path is not None:
+        write_json(json_path, measurements, registered=registered, rows=rows_json(rows))
+    Console().print(rows_table(rows, registered))
+    Console().print(measurement_table("adapters: checks", measurements))
+
+
 def _fail(error: ForkKVError) -> NoReturn:
     console.print("[bold red]error[/] ", end="")
     console.print(error.message, markup=False, highlight=False)

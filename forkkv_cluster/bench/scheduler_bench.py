@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from forkkv_cluster.bench.measurement import median_us
 from forkkv_cluster.bench.trace import generate_tokens
 from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.core.clock import SystemClock
-from forkkv_cluster.core.config import SchedulerConfig
+from forkkv_cluster.core.config import AdapterMemoryConfig, SchedulerConfig
 from forkkv_cluster.core.errors import Internal
 from forkkv_cluster.core.ids import new_id
-from forkkv_cluster.core.request import AdapterInfo, ModelInfo, SamplingParams
+from forkkv_cluster.core.request import ModelInfo, SamplingParams
 from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
+from forkkv_cluster.engine.adapter_loader import ThreadLoader
 from forkkv_cluster.engine.adapter_registry import AdapterRegistry
+from forkkv_cluster.engine.adapter_tiers import AdapterTiers
 from forkkv_cluster.engine.admission import Admission
-from forkkv_cluster.engine.batch import Batch
-from forkkv_cluster.engine.scheduler import Scheduler, StepPlan
+from forkkv_cluster.engine.host_adapters import Weights
+from forkkv_cluster.engine.scheduler import Scheduler
 from forkkv_cluster.engine.sequence import Turn
+from forkkv_cluster.engine.step_plan import StepPlan
 
 VOCAB_SIZE = 8192
 PROMPT_LEN = 48
@@ -27,28 +28,16 @@ MODEL = ModelInfo("bench", "digest", VOCAB_SIZE, 2**17, GEOMETRY.base_bytes_per_
 
 
 class NoDevice:
-    """What the adapter registry asks a runner for; nothing runs here."""
+    """A runner and a loader for the base model alone; nothing runs here."""
 
-    info = MODEL
-    geometry = GEOMETRY
+    def read_adapter(self, name: str, path: str) -> Weights:
+        raise Internal("the scheduler benchmark runs the base model.")
 
-    def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None:
-        """Bookkeeping alone: no arena."""
-
-    def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]:
+    def place_adapter(self, weights: Weights) -> int:
         raise Internal("the scheduler benchmark runs the base model.")
 
     def unload_adapter(self, slot: int) -> None:
         raise Internal("the scheduler benchmark runs the base model.")
-
-    def residual_rank(self, slot: int) -> int:
-        raise Internal("the scheduler benchmark runs the base model.")
-
-    def swap(self, batch: Batch) -> None:
-        raise Internal("the scheduler benchmark has no host tier.")
-
-    def run(self, batch: Batch, sampling: Sequence[object]) -> list[None]:
-        raise Internal("the scheduler benchmark runs no batch.")
 
 
 class SchedulerBench:
@@ -59,8 +48,10 @@ class SchedulerBench:
         kv_bytes = 2 * num_running * (tokens_each + GEOMETRY.page_size) * GEOMETRY.base_bytes_per_token
         self._kv = KVCacheManager(GEOMETRY, kv_bytes)
         config = SchedulerConfig(max_num_seqs=num_running, max_num_batched_tokens=num_running * PROMPT_LEN)
-        self.scheduler = Scheduler(config, self._kv)
-        admission = Admission(MODEL, GEOMETRY, kv_bytes, AdapterRegistry(NoDevice()), SystemClock())
+        device = NoDevice()
+        tiers = AdapterTiers(device, AdapterMemoryConfig(), ThreadLoader(device.read_adapter))
+        self.scheduler = Scheduler(config, self._kv, tiers)
+        admission = Admission(MODEL, GEOMETRY, kv_bytes, AdapterRegistry(tiers), SystemClock())
         builder = RequestBuilder(MODEL, block_size=GEOMETRY.page_size, namespace_of=lambda tenant, group: tenant)
         sampling = SamplingParams(max_tokens=num_steps + 8)
         for index in range(num_running):

@@ -96,8 +96,41 @@ class SchedulerConfig(_Section):
 
     max_num_seqs: Annotated[int, Field(ge=1, description="Sequences that run at once.")] = 64
     max_num_batched_tokens: Annotated[int, Field(ge=1, description="Tokens of one step; longer prompts run in chunks.")] = 512
+    max_prefill_tokens_beside_decodes: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Prompt tokens of a step in which sequences decode: the longest that a prompt delays a running decode.",
+        ),
+    ] = 512
     max_num_waiting: Annotated[int, Field(ge=1, description="Waiting requests beyond which new ones are refused.")] = 1024
-    retry_after_s: Annotated[float, Field(gt=0, description="Retry hint of a refused request, seconds.")] = 1.0
+    max_overtakes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Later requests that may take an adapter's slot before one that waits for a slot; then the least used "
+            "slot is emptied for it.",
+        ),
+    ] = 16
+    retry_after_s: Annotated[
+        float, Field(gt=0, description="Least retry hint of a refused request, seconds; longer where requests end slowly.")
+    ] = 1.0
+
+
+class AdapterMemoryConfig(_Section):
+    """Where one worker keeps the weights of its adapters. Those beyond both limits are read from disk again when needed."""
+
+    max_device_adapters: Annotated[
+        int, Field(ge=1, description="Adapters on the device at once; sequences of others wait for a slot.")
+    ] = 64
+    host_bytes: Annotated[
+        int, Field(ge=0, description="Bytes of host memory for adapters (also as 512MiB); least recently used ones go first.")
+    ] = 2**30
+
+    @field_validator("host_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> int:
+        return parse_bytes(value)
 
 
 class WorkerConfig(_Section):
@@ -202,6 +235,7 @@ class ClusterConfig(_Section):
     adapters: Annotated[tuple[AdapterConfig, ...], Field(description="Adapters to load at start.")] = ()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    adapter_memory: AdapterMemoryConfig = AdapterMemoryConfig()
     worker: WorkerConfig = WorkerConfig()
     gateway: GatewayConfig = GatewayConfig()
     routing: RoutingConfig = RoutingConfig()

@@ -20,6 +20,29 @@ class PoolStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterMemoryStatus:
+    """Where the weights of an engine's adapters are. Bytes of the device and of host memory are counted separately: on a
+    CPU both are the same memory, and an adapter that is in both is there once but counted in each.
+
+    num_on_device   slots that hold weights; num_pinned of them are held by running or starting sequences
+    num_loading     adapters that are being read from disk, each with a slot waiting for it
+    disk_loads      reads from disk since the start, registrations not included
+    """
+
+    num_registered: int = 0
+    max_on_device: int = 0
+    num_on_device: int = 0
+    num_pinned: int = 0
+    num_loading: int = 0
+    device_bytes: int = 0
+    num_on_host: int = 0
+    host_bytes: int = 0
+    max_host_bytes: int = 0
+    disk_loads: int = 0
+    device_evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineCounters:
     """Counts since the start of the engine; tokens unless named otherwise. Names as in trace reports."""
 
@@ -77,6 +100,7 @@ class EngineStatus:
     host_bytes_held: int = 0
     sharing_saved_bytes: int = 0
     holdings: tuple[Holding, ...] = ()
+    adapter_memory: AdapterMemoryStatus = field(default_factory=AdapterMemoryStatus)
 
 
 @dataclass(frozen=True, slots=True)

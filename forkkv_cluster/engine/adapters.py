@@ -86,7 +86,7 @@ class LayerLora:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
-    """A loaded adapter.
+    """An adapter as read.
 
     ``residual_rank``: columns of its residual in the wider plane, for which a rank class is chosen; 0 without LoRA on k and v.
     That is the largest rank on k or v, a bias counts one, and Hkv more where k is targeted under QK-norm. Such a one alone
@@ -98,9 +98,21 @@ class AdapterWeights:
     layers: tuple[LayerLora, ...]
     residual_rank: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(group.num_bytes for layer in self.layers for group in layer.by_group().values() if group is not None)
+
+    def to(self, device: torch.device) -> AdapterWeights:
+        """On that device; tensors that are there already are shared."""
+        layers = (
+            LayerLora(*(g.to(device) if g is not None else None for g in layer.by_group().values())) for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
 
 class AdapterSlots:
-    """Loaded adapters by slot: a small int, taken lowest first and used again after ``remove``."""
+    """Adapters on the device by slot: a small int, taken lowest first and used again after ``remove``."""
 
     def __init__(self) -> None:
         self._slots: dict[int, AdapterWeights] = {}

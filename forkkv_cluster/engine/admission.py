@@ -10,7 +10,8 @@ from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.clock import Clock
 from forkkv_cluster.core.errors import DeadlineExceeded, InvalidArgument, NotFound, Unsupported
 from forkkv_cluster.core.request import AdapterRef, ContextRequest, GenerateRequest, ModelInfo, Sharing
-from forkkv_cluster.engine.adapter_registry import AdapterRegistry, LoadedAdapter
+from forkkv_cluster.engine.adapter_registry import AdapterRegistry
+from forkkv_cluster.engine.adapter_tiers import LoadedAdapter
 from forkkv_cluster.engine.sequence import ContextNeeds, Demand, ResidualTarget, Turn, token_buffer
 
 _SHARED = (Sharing.RESIDUAL, Sharing.EAGER, Sharing.BASE)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.cache.leases import ContextMatch
-from forkkv_cluster.engine.adapter_registry import LoadedAdapter
+from forkkv_cluster.engine.adapter_tiers import LoadedAdapter
 from forkkv_cluster.engine.sequence import ContextNeeds, PassKind, ResidualTarget
 
 

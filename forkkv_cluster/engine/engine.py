@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.cache.swaps import NO_SWAPS, SwapPlan
 from forkkv_cluster.core.clock import Clock, SystemClock
-from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig
+from forkkv_cluster.core.config import AdapterMemoryConfig, ClusterConfig, SchedulerConfig
 from forkkv_cluster.core.errors import AlreadyExists, Cancelled, DeadlineExceeded, ForkKVError, Internal, ResourceExhausted
-from forkkv_cluster.core.events import AdapterLoaded, AdapterUnloaded, CacheEvent
-from forkkv_cluster.core.ids import AdapterDigest, RequestId
+from forkkv_cluster.core.events import AdapterLoaded, CacheEvent
+from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.placement import WorkerLoad
 from forkkv_cluster.core.request import (
     AdapterInfo,
@@ -25,11 +25,14 @@ from forkkv_cluster.core.request import (
     TokenChunk,
 )
 from forkkv_cluster.core.status import EngineStatus, Holding
+from forkkv_cluster.engine.adapter_loader import AdapterLoader, ThreadLoader
 from forkkv_cluster.engine.adapter_registry import AdapterRegistry
+from forkkv_cluster.engine.adapter_tiers import AdapterTiers
 from forkkv_cluster.engine.admission import Admission
 from forkkv_cluster.engine.batch import Batch
 from forkkv_cluster.engine.batch_builder import build_batch, in_row_order
 from forkkv_cluster.engine.counts import EngineCounts
+from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.outputs import Failure, StepOutput
 from forkkv_cluster.engine.prompt_scores import prompt_logprobs
 from forkkv_cluster.engine.runner import Runner, SampledToken, StepResult
@@ -39,6 +42,9 @@ from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn,
 
 MIN_MERGED_STEPS = 4
 """Steps that a turn must have ahead of it to make whole K for: building it costs about as much as attending without, once."""
+
+LOAD_WAIT_S = 0.005
+"""The longest that a step without work waits for weights from disk, before whoever drives the engine may speak again."""
 
 
 class Engine:
@@ -57,19 +63,22 @@ class Engine:
         *,
         host_bytes: int = 0,
         merged_share: float = 0.5,
+        adapter_memory: AdapterMemoryConfig | None = None,
+        adapter_loader: AdapterLoader | None = None,
     ) -> None:
-        """``host_bytes``: budget of the host tier, 0 for none. ``merged_share``: of kv_bytes, at most, that whole K of adapters
-        may borrow while it is free."""
+        """``host_bytes``: budget of the KV's host tier, 0 for none. ``merged_share``: of kv_bytes, at most, that whole K of
+        adapters may borrow while it is free. ``adapter_loader`` None: a thread that reads what ``runner`` can read."""
         self._runner = runner
         self._clock = clock or SystemClock()
         runner.allocate(kv_bytes, host_bytes)
         self._kv = KVCacheManager(runner.geometry, kv_bytes, host_bytes, merged_share)
-        self._adapters = AdapterRegistry(runner)
-        self._scheduler = Scheduler(scheduler, self._kv)
+        loader = adapter_loader or ThreadLoader(runner.read_adapter)
+        self._tiers = AdapterTiers(runner, adapter_memory or AdapterMemoryConfig(), loader)
+        self._adapters = AdapterRegistry(self._tiers)
+        self._scheduler = Scheduler(scheduler, self._kv, self._tiers, self._clock)
         self._admission = Admission(runner.info, runner.geometry, kv_bytes, self._adapters, self._clock)
         self._live: dict[RequestId, Waiting] = {}
         self._aborted: list[RequestId] = []
-        self._events: list[CacheEvent] = []
         self._counts = EngineCounts()
 
     @classmethod
@@ -88,6 +97,7 @@ class Engine:
             clock,
             host_bytes=config.cache.host_bytes,
             merged_share=config.cache.merged_share,
+            adapter_memory=config.adapter_memory,
         )
         for adapter in config.adapters:
             engine.load_adapter(adapter.name, adapter.path)
@@ -102,7 +112,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to do."""
-        return self._scheduler.has_work or bool(self._aborted or self._events)
+        return self._scheduler.has_work or bool(self._aborted) or self._tiers.has_events
 
     def add_request(self, request: GenerateRequest | ContextRequest) -> None:
         """Queue a request. Raises InvalidArgument, Unsupported, NotFound, AlreadyExists, ResourceExhausted or
@@ -126,8 +136,8 @@ class Engine:
             self._aborted.append(request_id)
 
     def step(self) -> StepOutput:
-        """One step of everything that can run."""
-        failures = [*self._cancel(), *self._expire()]
+        """One step of everything that can run. With nothing to run but weights on their way, waits ``LOAD_WAIT_S`` at most."""
+        failures = [*self._cancel(), *self._expire(), *self._settle_loads()]
         self._kv.expire_hints(self._clock.monotonic())
         plan = self._scheduler.schedule()
         chunks = [self._end_demand(demand) for demand in plan.completed]
@@ -140,6 +150,8 @@ class Engine:
             failures.append(self._fail(entry, error))
         if plan.work:
             chunks += self._run(in_row_order(plan.work), failures)
+        elif self._tiers.is_loading and not (chunks or failures):
+            self._tiers.wait(LOAD_WAIT_S)
         return StepOutput(tuple(chunks), tuple(failures), self._take_events())
 
     def _run(self, work: list[Scheduled], failures: list[Failure]) -> list[TokenChunk]:
@@ -310,39 +322,50 @@ class Engine:
         self._scheduler.remove(entry.request_id)
         return self._fail(entry, error)
 
+    def _settle_loads(self) -> list[Failure]:
+        """Weights that have been read go to their slots; requests whose adapter could not be read end."""
+        return [
+            self._fail(entry, error)
+            for adapter, error in self._tiers.settle()
+            for entry in self._scheduler.fail_load(adapter)
+        ]  # fmt: skip
+
     def _release_adapters(self, entry: Waiting) -> None:
         for adapter in entry.held:
-            self._note_unloaded(self._adapters.release(adapter))
+            self._adapters.release(adapter)
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """Load a PEFT directory under a name. Raises InvalidArgument, Unsupported or AlreadyExists."""
-        info, is_new = self._adapters.load(name, path)
-        if is_new:
-            self._events.append(AdapterLoaded(info.digest))
-        return info
+        """Load a PEFT directory under a name, on this thread. Raises InvalidArgument, Unsupported or AlreadyExists.
+
+        While requests run: ``read_adapter`` on another thread, then ``register_adapter``.
+        """
+        return self.register_adapter(name, self.read_adapter(name, path))
+
+    def read_adapter(self, name: str, path: str) -> Weights:
+        """Read and check a PEFT directory; changes nothing, safe on any thread. Raises InvalidArgument or Unsupported."""
+        return self._runner.read_adapter(name, path)
+
+    def register_adapter(self, name: str, weights: Weights) -> AdapterInfo:
+        """Serve an adapter that has been read. Raises AlreadyExists when the name stands for other content."""
+        return self._adapters.register(name, weights)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget the name; requests under way finish with it. Raises NotFound."""
-        self._note_unloaded(self._adapters.unload(name))
+        """Forget the name; requests under way finish with it, whose files must stay until then. Raises NotFound."""
+        self._adapters.unload(name)
 
     def list_adapters(self) -> tuple[AdapterInfo, ...]:
         return self._adapters.infos()
 
-    def _note_unloaded(self, digest: AdapterDigest | None) -> None:
-        if digest is not None:
-            self._events.append(AdapterUnloaded(digest))
-
     # --- facts ------------------------------------------------------------------------------------------------------
 
     def _take_events(self) -> tuple[CacheEvent, ...]:
-        own, self._events = self._events, []
-        return (*own, *self._kv.take_events())
+        return (*self._tiers.take_events(), *self._kv.take_events())
 
     def snapshot_events(self) -> tuple[CacheEvent, ...]:
         """The whole cache as events, for a directory that lost track."""
-        return (*(AdapterLoaded(digest) for digest in self._adapters.digests()), *self._kv.snapshot_events())
+        return (*(AdapterLoaded(digest) for digest in self._tiers.digests_on_device()), *self._kv.snapshot_events())
 
     def load(self) -> WorkerLoad:
         """Load for the router, in blocks of page_size tokens."""
@@ -377,6 +400,7 @@ class Engine:
             pools=pools,
             counters=self._counts.freeze(self._kv, self._scheduler.num_preemptions),
             adapters=self._adapters.infos(),
+            adapter_memory=self._tiers.status(),
             host_bytes_total=host.total_bytes if host is not None else 0,
             host_bytes_held=host.bytes_held if host is not None else 0,
             sharing_saved_bytes=self._kv.holdings.shared_savings,
@@ -398,5 +422,6 @@ class Engine:
         )
 
     def check_invariants(self) -> None:
-        """Raise Internal if the bookkeeping of KV memory contradicts itself."""
+        """Raise Internal if the bookkeeping of KV memory or of adapters contradicts itself."""
         self._kv.check_invariants()
+        self._tiers.check_invariants(self._scheduler.claims)

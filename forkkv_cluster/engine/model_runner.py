@@ -14,10 +14,11 @@ from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.cache.host_tier import num_host_slabs
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument, Unsupported
 from forkkv_cluster.core.request import AdapterInfo, ModelInfo
-from forkkv_cluster.engine.adapters import AdapterSlots, load_adapter
+from forkkv_cluster.engine.adapters import AdapterSlots, AdapterWeights, load_adapter
 from forkkv_cluster.engine.attention import PagedAttention
 from forkkv_cluster.engine.attention_plan import plan_attention
 from forkkv_cluster.engine.batch import Batch, TailCopy
+from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
 from forkkv_cluster.engine.model_loader import LoadedModel, load_model, resolve_device
@@ -26,6 +27,8 @@ from forkkv_cluster.engine.page_copies import copy_in, copy_out
 from forkkv_cluster.engine.scores import TokenScores
 from forkkv_cluster.engine.scoring import score_in_chunks
 from forkkv_cluster.engine.step_inputs import step_inputs
+
+_HOST = torch.device("cpu")
 
 
 class ModelRunner:
@@ -93,11 +96,20 @@ class ModelRunner:
             num_slabs = num_host_slabs(self.geometry, host_bytes)
             self._host_kv = KVBuffers(self.geometry, num_slabs, self.dtype, torch.device("cpu"))
 
+    def read_adapter(self, name: str, path: str | Path) -> AdapterWeights:
+        """Read a PEFT directory into host memory. Safe on any thread. Raises as ``adapters.load_adapter``."""
+        return load_adapter(name, path, self.config, self.geometry, self.dtype, _HOST, self._model.k_norms)
+
+    def place_adapter(self, weights: Weights) -> int:
+        """Copy weights that ``read_adapter`` gave to the device, into the lowest free slot; on a CPU they are shared."""
+        if not isinstance(weights, AdapterWeights):
+            raise TypeError(f"a model runner places AdapterWeights, not {type(weights).__name__}")
+        return self._adapters.add(weights if self._device == _HOST else weights.to(self._device))
+
     def load_adapter(self, name: str, path: str | Path) -> tuple[int, AdapterInfo]:
-        """Load a PEFT directory into the lowest free slot. Raises as ``adapters.load_adapter``; nothing changes then."""
-        k_norms = self._model.k_norms
-        weights = load_adapter(name, path, self.config, self.geometry, self.dtype, self._device, k_norms)
-        return self._adapters.add(weights), weights.info
+        """Read and place in one: its slot and facts. Raises as ``read_adapter``; nothing changes then."""
+        weights = self.read_adapter(name, path)
+        return self.place_adapter(weights), weights.info
 
     def unload_adapter(self, slot: int) -> None:
         """Free the slot. Raises NotFound when it is empty."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from forkkv_cluster.cache.geometry import KVGeometry
-from forkkv_cluster.core.request import AdapterInfo, Guide, ModelInfo, TokenLogprob
+from forkkv_cluster.core.request import Guide, ModelInfo, TokenLogprob
 from forkkv_cluster.engine.batch import Batch
+from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.sampling_row import SamplingRow
 from forkkv_cluster.engine.scores import TokenScores
 
@@ -40,11 +41,18 @@ class Runner(Protocol):
 
     def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None: ...
 
-    def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]: ...
+    def read_adapter(self, name: str, path: str) -> Weights:
+        """Read a PEFT directory into host memory and check it against the model. Safe on any thread.
+
+        Raises InvalidArgument or Unsupported.
+        """
+        ...
+
+    def place_adapter(self, weights: Weights) -> int:
+        """Put weights that it has read into a free slot of the device."""
+        ...
 
     def unload_adapter(self, slot: int) -> None: ...
-
-    def residual_rank(self, slot: int) -> int: ...
 
     def check_guide(self, guide: Guide) -> None:
         """Raises Unsupported for one that this model's outputs cannot be held to."""

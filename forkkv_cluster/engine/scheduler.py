@@ -1,52 +1,51 @@
 """What runs in the next step: continuous batching with chunked prefill. Decides; never touches a device.
 
-Order of a step: running decodes, then running prefills in chunks, then admissions, all within
-``max_num_batched_tokens``; so a prompt delays a running decode by at most that many tokens a step. A request is
-admitted with pages for its whole prompt or not at all, in order of priority and arrival.
+Order of a step: running decodes, then running prefills in chunks, then admissions, all within ``max_num_batched_tokens``.
+While anything decodes, prompts have at most ``max_prefill_tokens_beside_decodes`` of them: the longest that a prompt, of
+whatever length, delays a running decode.
+
+Admission goes by ``FairQueue``: priority, then the tenant that has had least, then arrival. A request starts with a slot
+for its adapter and pages for its whole prompt, or not at all:
+
+- Nobody overtakes a request that waits for memory.
+- One that waits for weights from disk, or for another's pass over its context, lets others pass: what it waits for comes.
+- One that waits for a slot lets others pass that have theirs, so that requests of one adapter run together; after
+  ``max_overtakes`` of them, the slot with the fewest users takes nobody new from behind it, runs empty, and is its own.
 """
 
 from __future__ import annotations
 
-import bisect
-import enum
-from dataclasses import dataclass, field
-
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
+from forkkv_cluster.core.clock import Clock, SystemClock
 from forkkv_cluster.core.config import SchedulerConfig
 from forkkv_cluster.core.errors import ResourceExhausted
 from forkkv_cluster.core.ids import RequestId
+from forkkv_cluster.engine.adapter_tiers import AdapterTiers, LoadedAdapter
 from forkkv_cluster.engine.context_planner import PassPlan, match_needs, next_pass, restore_needs
-from forkkv_cluster.engine.sequence import ContextPass, Demand, Runnable, Scheduled, Turn, Waiting, note_match
+from forkkv_cluster.engine.fair_queue import FairQueue
+from forkkv_cluster.engine.retry_hint import RetryHint
+from forkkv_cluster.engine.sequence import ContextNeeds, ContextPass, Demand, Runnable, Scheduled, Turn, Waiting, note_match
+from forkkv_cluster.engine.slot_claims import SlotClaims
+from forkkv_cluster.engine.step_plan import Outcome, StepPlan
 
 MAX_PASSES_PER_REQUEST = 8
-"""Context passes one request may cause beside others. After them it waits until nothing runs that could evict what it
-writes; as many again, alone, mean that nothing can help."""
-
-
-class _Outcome(enum.Enum):
-    WAITS = enum.auto()  # for a pass under way
-    ENDED = enum.auto()  # without running: nothing was missing, or nothing can help
-    NO_ROOM = enum.auto()
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """Work of one step; context requests that found everything there; requests that cannot go on."""
-
-    work: list[Scheduled] = field(default_factory=list)
-    completed: list[Demand] = field(default_factory=list)
-    starved: list[Waiting] = field(default_factory=list)
+"""Context passes one request may cause beside others, and besides one for each residual that it requires. After them it waits
+until nothing runs that could evict what it writes; as many again, alone, mean that nothing can help."""
 
 
 class Scheduler:
-    """Owns the queues of one engine. Not thread-safe. ``schedule`` opens leases, ``finish`` and ``remove`` release them."""
+    """Owns the queues of one engine. Not thread-safe. ``schedule`` opens leases and pins slots, ``finish`` and ``remove``
+    give them back."""
 
-    def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
+    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, tiers: AdapterTiers, clock: Clock | None = None) -> None:
         self._config = config
         self._kv = kv
-        self._waiting: list[Waiting] = []  # by order: priority, then arrival
+        self._tiers = tiers
+        self._claims = SlotClaims(tiers, config.max_overtakes)
+        self._queue = FairQueue()
         self._running: list[Runnable] = []
         self._flights: dict[tuple[object, ...], ContextPass] = {}
+        self._retry_hint = RetryHint(config.retry_after_s, clock or SystemClock())
         self.num_preemptions = 0
 
     # --- queues -----------------------------------------------------------------------------------------------------
@@ -57,11 +56,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._queue or self._running)
 
     @property
     def running(self) -> tuple[Runnable, ...]:
@@ -69,16 +68,22 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Waiting, ...]:
-        return tuple(self._waiting)
+        return tuple(self._queue)
+
+    @property
+    def claims(self) -> list[LoadedAdapter]:
+        """Every pin of a slot that is held here, one entry each."""
+        waiting = [adapter for entry in self._queue for adapter in entry.place.claim]
+        return [*waiting, *(adapter for item in self._running for adapter in item.claim)]
 
     def add(self, entry: Waiting) -> None:
         """Queue a request. Raises ResourceExhausted with a retry hint when the queue is full."""
-        if len(self._waiting) >= self._config.max_num_waiting:
+        if len(self._queue) >= self._config.max_num_waiting:
             raise ResourceExhausted(
-                f"{len(self._waiting)} requests wait already, the limit of this worker. Try again later.",
-                self._config.retry_after_s,
+                f"{len(self._queue)} requests wait already, the limit of this worker. Try again later.",
+                self._retry_hint.next_s(),
             )
-        bisect.insort(self._waiting, entry, key=_order)
+        self._queue.add(entry, self._running)
 
     def remove(self, request_id: RequestId) -> Waiting | None:
         """Take a request out, wherever it is, with what it holds; a pass goes when nobody waits for it any more."""
@@ -86,9 +91,11 @@ class Scheduler:
             flight.interested.discard(request_id)
             if not flight.interested:
                 self.finish(flight)
-        for position, entry in enumerate(self._waiting):
-            if entry.request_id == request_id:
-                return self._waiting.pop(position)
+        entry = self._queue.find(request_id)
+        if entry is not None:
+            self._claims.let_go(entry)
+            self._leave_queue(entry)
+            return entry
         for item in self._running:
             if isinstance(item, Turn) and item.request_id == request_id:
                 self.finish(item)
@@ -96,14 +103,24 @@ class Scheduler:
         return None
 
     def finish(self, item: Runnable) -> None:
-        """The item runs no more: release its lease. What it has computed stays cached."""
+        """The item runs no more: release its lease and its slots. What it has computed stays cached."""
         self._running.remove(item)
         if isinstance(item, ContextPass):
             del self._flights[item.flight]
             self._kv.release_context(item.lease)
-        elif item.lease is not None:
+            self._tiers.unpin(item.claim)
+            return
+        self._claims.let_go(item)
+        if item.lease is not None:
             self._kv.release(item.lease)
             item.lease = None
+
+    def fail_load(self, adapter: LoadedAdapter) -> list[Waiting]:
+        """Its weights could not be read. Takes out those that were waiting to run with it."""
+        failed = self._claims.fail_load(adapter, self._queue)
+        for entry in failed:
+            self._leave_queue(entry)
+        return failed
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -111,6 +128,8 @@ class Scheduler:
         """The work of one step."""
         plan = StepPlan()
         budget = self._schedule_decodes(plan, self._config.max_num_batched_tokens)
+        if plan.work:
+            budget = min(budget, self._config.max_prefill_tokens_beside_decodes)
         budget = self._schedule_prefills(plan, budget)
         self._admit(plan, budget)
         return plan
@@ -123,14 +142,23 @@ class Scheduler:
                 budget -= 1
         # Growing one turn may have preempted another that stands in the plan already.
         plan.work = [s for s in plan.work if isinstance(s.item, Turn) and s.item.lease is not None]
+        for scheduled in plan.work:
+            self._queue.charge(scheduled.item.tenant, 1)
         return budget
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
         decoding = {id(s.item) for s in plan.work}
         for item in self._running:
             if budget > 0 and id(item) not in decoding:
-                budget -= _schedule_chunk(plan, item, budget)
+                budget -= self._schedule_chunk(plan, item, budget)
         return budget
+
+    def _schedule_chunk(self, plan: StepPlan, item: Runnable, budget: int) -> int:
+        end = min(item.num_tokens, item.num_computed + budget)
+        plan.work.append(Scheduled(item, item.num_computed, end))
+        num_rows = end - item.num_computed
+        self._queue.charge(item.tenant, num_rows)
+        return num_rows
 
     def _grow(self, turn: Turn) -> bool:
         """Room for one more token, preempting the youngest as needed; False when ``turn`` itself had to go."""
@@ -146,84 +174,116 @@ class Scheduler:
         self.finish(item)
         if isinstance(item, Turn):
             item.num_computed = 0
-            bisect.insort(self._waiting, item, key=_order)
+            self._queue.add(item, self._running)
 
     # --- admission --------------------------------------------------------------------------------------------------
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        for entry in tuple(self._waiting):
+        self._claims.begin_admission()
+        for entry in self._queue.candidates():
             if budget <= 0 or len(self._running) >= self._config.max_num_seqs:
                 return
             started = self._start(entry, plan)
-            if started is _Outcome.NO_ROOM:
-                return  # nobody overtakes a request that waits for memory
-            if isinstance(started, Turn | ContextPass):
+            if started is Outcome.NO_ROOM:
+                self._claims.let_go(entry)
+                return
+            if started is Outcome.NO_SLOT:
+                self._claims.note_no_slot(entry)
+            elif isinstance(started, Turn | ContextPass):
+                self._claims.note_start(started.claim)
                 self._running.append(started)
-                budget -= _schedule_chunk(plan, started, budget)
+                budget -= self._schedule_chunk(plan, started, budget)
 
-    def _start(self, entry: Waiting, plan: StepPlan) -> Runnable | _Outcome:
+    def _start(self, entry: Waiting, plan: StepPlan) -> Runnable | Outcome:
         """What to run for ``entry`` now: itself, or a pass that it needs."""
+        blocked = self._still_blocked(entry)
+        if blocked is not None:
+            return blocked
         if entry.needs is not None:
             restore_needs(self._kv, entry.needs)
             match, missing = match_needs(self._kv, entry.needs)
             wanted = next_pass(entry.needs, match, missing)
             if wanted is not None and wanted.flight in self._flights:
+                entry.place.flight = wanted.flight
                 self._flights[wanted.flight].interested.add(entry.request_id)
-                return _Outcome.WAITS
+                self._claims.let_go(entry)
+                return Outcome.WAITS
             if isinstance(entry, Demand) or (wanted is not None and _is_own(entry, wanted)):
                 note_match(entry, match)
             if wanted is not None:
-                return self._start_pass(entry, wanted, plan)
+                return self._start_pass(entry, entry.needs, wanted, plan)
         if isinstance(entry, Demand):
-            self._waiting.remove(entry)
+            self._claims.let_go(entry)
+            self._leave_queue(entry)
             plan.completed.append(entry)
-            return _Outcome.ENDED
+            return Outcome.ENDED
         return self._start_turn(entry)
 
-    def _start_turn(self, turn: Turn) -> Turn | _Outcome:
+    def _still_blocked(self, entry: Waiting) -> Outcome | None:
+        """What can be told without looking into the cache: most of a long queue costs no more than this."""
+        place = entry.place
+        if not place.is_ready:
+            return Outcome.WAITS
+        if place.flight in self._flights:
+            self._flights[place.flight].interested.add(entry.request_id)
+            return Outcome.WAITS
+        place.flight = None
+        return None if self._claims.can_claim(entry) else Outcome.NO_SLOT
+
+    def _start_turn(self, turn: Turn) -> Turn | Outcome:
+        blocked = self._claims.claim_turn(turn)
+        if blocked is not None:
+            return blocked
         lease = self._kv.open_sequence(
             turn.request.prefix, turn.tokens, turn.num_tokens, turn.fork_point, turn.residual, turn.max_cached
         )
         if lease is None:
-            return _Outcome.NO_ROOM
-        self._waiting.remove(turn)
+            return Outcome.NO_ROOM
+        self._leave_queue(turn)
+        turn.place.num_overtaken = 0
         turn.open(lease)
         return turn
 
-    def _start_pass(self, entry: Waiting, wanted: PassPlan, plan: StepPlan) -> ContextPass | _Outcome:
-        if entry.num_passes >= MAX_PASSES_PER_REQUEST and self._running:
-            return _Outcome.NO_ROOM
-        if entry.num_passes >= 2 * MAX_PASSES_PER_REQUEST:
-            self._waiting.remove(entry)
+    def _start_pass(self, entry: Waiting, needs: ContextNeeds, wanted: PassPlan, plan: StepPlan) -> ContextPass | Outcome:
+        num_wasted = entry.num_passes - len(needs.required)
+        if num_wasted >= MAX_PASSES_PER_REQUEST and self._running:
+            return Outcome.NO_ROOM
+        if num_wasted >= 2 * MAX_PASSES_PER_REQUEST:
+            self._claims.let_go(entry)
+            self._leave_queue(entry)
             plan.starved.append(entry)
-            return _Outcome.ENDED
-        needs = entry.needs
-        if needs is None:
-            raise ValueError("a pass is planned only for a request with shared context")
+            return Outcome.ENDED
+        blocked = self._claims.claim_pass(entry, wanted)
+        if blocked is not None:
+            return blocked
+        claim = entry.place.claim
+        required = [t for t in wanted.required if t.adapter in claim]
+        optional = [t for t in wanted.optional if t.adapter in claim]
         lease = self._kv.open_context(
-            needs.key,
-            needs.tokens,
-            needs.context_len,
-            [t.key for t in wanted.required],
-            [t.key for t in wanted.optional],
+            needs.key, needs.tokens, needs.context_len, [t.key for t in required], [t.key for t in optional]
         )
         if lease is None:
-            return _Outcome.NO_ROOM
+            return Outcome.NO_ROOM
         entry.num_passes += 1
-        targets = {t.key: t.adapter for t in (*wanted.required, *wanted.optional)}
+        entry.place.claim, entry.place.flight = (), wanted.flight
         item = ContextPass(
             wanted.kind,
             wanted.flight,
             lease,
             wanted.adapter,
-            targets,
+            {t.key: t.adapter for t in (*required, *optional)},
             entry,
             _is_own(entry, wanted),
             {entry.request_id},
             lease.run_start,
+            claim,
         )
         self._flights[wanted.flight] = item
         return item
+
+    def _leave_queue(self, entry: Waiting) -> None:
+        self._queue.remove(entry)
+        self._retry_hint.place_freed(is_queue_busy=bool(self._queue))
 
 
 def _is_own(entry: Waiting, wanted: PassPlan) -> bool:
@@ -232,11 +292,5 @@ def _is_own(entry: Waiting, wanted: PassPlan) -> bool:
     return isinstance(entry, Demand) or (wanted.adapter is not None and wanted.adapter is entry.adapter)
 
 
-def _order(item: Waiting | Runnable) -> tuple[int, int]:
+def _order(item: Runnable) -> tuple[int, int]:
     return item.order
-
-
-def _schedule_chunk(plan: StepPlan, item: Runnable, budget: int) -> int:
-    end = min(item.num_tokens, item.num_computed + budget)
-    plan.work.append(Scheduled(item, item.num_computed, end))
-    return end - item.num_computed

@@ -17,7 +17,7 @@ from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.prefix import PrefixKey, TokenArray
 from forkkv_cluster.core.request import ContextRequest, GenerateRequest, PrefixUsage
-from forkkv_cluster.engine.adapter_registry import LoadedAdapter
+from forkkv_cluster.engine.adapter_tiers import LoadedAdapter
 
 
 class PassKind(enum.Enum):
@@ -56,11 +56,34 @@ class ContextNeeds:
 
 
 @dataclass(slots=True, eq=False)
+class Place:
+    """What a request holds and has been through on its way to run.
+
+    claim           adapters whose slots are held for it: while it waits, until their weights are here; of a turn, its
+                    own adapter's while it runs
+    flight          the pass of somebody else that it waits for, if any
+    num_overtaken   later requests that took a slot while this one waited for one
+    emptied         the adapter whose slot is run empty for it, once it has been overtaken too often
+    """
+
+    claim: tuple[LoadedAdapter, ...] = ()
+    flight: tuple[object, ...] | None = None
+    num_overtaken: int = 0
+    emptied: LoadedAdapter | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all weights that it waits for are on the device."""
+        return all(adapter.device_slot is not None for adapter in self.claim)
+
+
+@dataclass(slots=True, eq=False)
 class ContextPass:
     """A pass over shared context under way. Tokens [lease.run_start, lease.num_tokens) run.
 
     owner is the request that came first to need it; ``is_charged`` says that its usage counts the pass, which otherwise
-    is a request of its own that only the engine's counters count.
+    is a request of its own that only the engine's counters count. claim: the adapters whose slots it holds, those that
+    it runs with and whose residuals it writes.
     """
 
     kind: PassKind
@@ -72,6 +95,11 @@ class ContextPass:
     is_charged: bool
     interested: set[RequestId]
     num_computed: int
+    claim: tuple[LoadedAdapter, ...] = ()
+
+    @property
+    def tenant(self) -> str:
+        return self.owner.tenant
 
     @property
     def order(self) -> tuple[int, int]:
@@ -111,10 +139,16 @@ class Turn:
     is_usage_sent: bool = False
     num_passes: int = 0
     next_scored: int | None = None
+    place: Place = field(default_factory=Place)
 
     @property
     def request_id(self) -> RequestId:
         return self.request.request_id
+
+    @property
+    def tenant(self) -> str:
+        """Who pays for its tokens."""
+        return self.request.tenant or self.request.namespace
 
     @property
     def num_generated(self) -> int:
@@ -141,6 +175,11 @@ class Turn:
     def num_left(self) -> int:
         """Tokens to generate yet, at most."""
         return self.request.sampling.max_tokens - self.num_generated
+
+    @property
+    def claim(self) -> tuple[LoadedAdapter, ...]:
+        """Adapters whose slots it holds."""
+        return self.place.claim
 
     @property
     def num_uncomputed(self) -> int:
@@ -175,10 +214,16 @@ class Demand:
     usage: PrefixUsage = field(default_factory=PrefixUsage)
     is_usage_known: bool = False
     num_passes: int = 0
+    place: Place = field(default_factory=Place)
 
     @property
     def request_id(self) -> RequestId:
         return self.request.request_id
+
+    @property
+    def tenant(self) -> str:
+        """Who pays for its tokens."""
+        return self.request.tenant or self.request.namespace
 
 
 Waiting: TypeAlias = Turn | Demand

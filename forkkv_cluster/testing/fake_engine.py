@@ -25,7 +25,9 @@ from forkkv_cluster.core.request import (
     TokenChunk,
 )
 from forkkv_cluster.core.status import EngineCounters, EngineStatus
+from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.outputs import Failure, StepOutput
+from forkkv_cluster.testing.fake_model_runner import FakeWeights
 
 VOCAB_SIZE = 1024
 
@@ -101,12 +103,18 @@ class FakeEngine:
         return StepOutput(chunks, failures, events)
 
     def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        return self.register_adapter(name, self.read_adapter(name, path))
+
+    def read_adapter(self, name: str, path: str) -> FakeWeights:
+        digest = AdapterDigest(name.encode().hex().ljust(32, "0")[:32])
+        return FakeWeights(AdapterInfo(name, digest, path, 8, ("k_proj", "v_proj"), 16), 8)
+
+    def register_adapter(self, name: str, weights: Weights) -> AdapterInfo:
         if name in self._adapters:
             raise AlreadyExists("adapter", name, "Unload it first.")
-        digest = AdapterDigest(name.encode().hex().ljust(32, "0")[:32])
-        info = self._adapters[name] = AdapterInfo(name, digest, path, 8, ("k_proj", "v_proj"), 16)
-        self._events.append(AdapterLoaded(digest))
-        return info
+        self._adapters[name] = weights.info
+        self._events.append(AdapterLoaded(weights.info.digest))
+        return weights.info
 
     def unload_adapter(self, name: str) -> None:
         info = self._adapters.pop(name, None)

@@ -67,9 +67,12 @@ class FakeSample(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _FakeAdapter:
-    digest: str
-    rank: int
+class FakeWeights:
+    """What a fake adapter weighs: ``num_bytes`` is 100."""
+
+    info: AdapterInfo
+    residual_rank: int
+    num_bytes: int = 100
 
 
 class FakeModelRunner:
@@ -85,33 +88,40 @@ class FakeModelRunner:
         self.residuals: dict[tuple[int, int], str] = {}  # (rank class, slot) -> value
         self.num_rows_run = 0
         self._host: dict[tuple[int | None, int], list[str | None]] = {}  # (page class, host page) -> values by offset
-        self._adapters: dict[int, _FakeAdapter] = {}
+        self.changed_files: dict[str, str] = {}
+        self._adapters: dict[int, FakeWeights] = {}
 
     def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None:
         self.base.clear()
         self.residuals.clear()
         self._host.clear()
 
-    def load_adapter(self, name: str, path: str) -> tuple[int, AdapterInfo]:
-        kind, _, rest = path.partition(":")
+    def read_adapter(self, name: str, path: str) -> FakeWeights:
+        """The adapter that ``changed_files`` puts in the place of ``path``, else the one that the path itself describes."""
+        kind, _, rest = self.changed_files.get(path, path).partition(":")
         content, _, rest = rest.partition(":")
         rank, _, invocation = rest.partition(":")
         if kind != "fake" or not rank.isdigit():
             raise InvalidArgument("path", path, "is not a fake adapter", "Write fake:NAME:RANK or fake:NAME:RANK:5,6.")
-        slot = next(i for i in range(len(self._adapters) + 1) if i not in self._adapters)
         tokens = tuple(int(token) for token in invocation.split(",") if token)
         residual_rank = int(rank) if not tokens else 0
-        self._adapters[slot] = _FakeAdapter(content, residual_rank)
         info = AdapterInfo(
             name, AdapterDigest(content), path, int(rank), ("k_proj", "v_proj"), residual_rank * 4, invocation_tokens=tokens
         )
-        return slot, info
+        return FakeWeights(info, residual_rank)
+
+    def place_adapter(self, weights: Any) -> int:
+        slot = next(i for i in range(len(self._adapters) + 1) if i not in self._adapters)
+        self._adapters[slot] = weights
+        return slot
 
     def unload_adapter(self, slot: int) -> None:
         del self._adapters[slot]
 
-    def residual_rank(self, slot: int) -> int:
-        return self._adapters[slot].rank
+    @property
+    def num_adapters(self) -> int:
+        """Slots that hold weights."""
+        return len(self._adapters)
 
     def check_guide(self, guide: Any) -> None:
         raise Unsupported(guide.kind.value, guide.text, "this fake has no tokenizer", "Use a real engine.")
@@ -157,7 +167,7 @@ class FakeModelRunner:
 
     def _run_row(self, batch: Any, span: Any, row: int, active: dict[int, int]) -> str:
         position = int(batch.positions[row])
-        adapter = self._adapters[active[row]].digest if row in active else None
+        adapter = self._adapters[active[row]].info.digest if row in active else None
         attended = [self._read(span, p) for p in range(position)]
         state = hidden_state(int(batch.token_ids[row]), position, adapter, attended)
         for where in (batch.base_rows == row).nonzero()[0]:
@@ -166,8 +176,8 @@ class FakeModelRunner:
         for write in batch.residual_writes:
             target = self._adapters[write.adapter_slot]
             for where in (write.rows == row).nonzero()[0]:
-                key = (self.geometry.rank_class(target.rank), int(write.slots[where]))
-                self.residuals[key] = residual_value(state, target.digest)
+                key = (self.geometry.rank_class(target.residual_rank), int(write.slots[where]))
+                self.residuals[key] = residual_value(state, target.info.digest)
         return state
 
     def _read(self, span: Any, position: int) -> str:
@@ -176,7 +186,7 @@ class FakeModelRunner:
         read = span.residual
         if read is None or position >= read.num_tokens:
             return base
-        rank_class = self.geometry.rank_class(self._adapters[read.adapter_slot].rank)
+        rank_class = self.geometry.rank_class(self._adapters[read.adapter_slot].residual_rank)
         slot = int(read.pages[position // size]) * size + position % size
         return read_value(base, self.residuals[rank_class, slot])
 
@@ -185,6 +195,6 @@ class FakeModelRunner:
         for offset in range(copy.num_tokens):
             value = self.base[copy.source_page * size + offset]
             if copy.adapter_slot is not None:
-                rank_class = self.geometry.rank_class(self._adapters[copy.adapter_slot].rank)
+                rank_class = self.geometry.rank_class(self._adapters[copy.adapter_slot].residual_rank)
                 value = read_value(value, self.residuals[rank_class, copy.residual_page * size + offset])
             self.base[copy.target_page * size + offset] = value

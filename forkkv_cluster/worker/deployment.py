@@ -96,7 +96,7 @@ class ForkKVWorker:
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Raises InvalidArgument, NotFound, AlreadyExists."""
-        return await self._thread.call(lambda engine: engine.load_adapter(name, path))
+        return await self._thread.load_adapter(name, path)
 
     async def unload_adapter(self, name: str) -> None:
         """Raises NotFound, FailedPrecondition."""

@@ -9,13 +9,14 @@ from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.placement import WorkerLoad
 from forkkv_cluster.core.request import AdapterInfo, ContextRequest, GenerateRequest, ModelInfo
 from forkkv_cluster.core.status import EngineStatus
+from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.outputs import StepOutput
 
 WorkRequest = GenerateRequest | ContextRequest
 
 
 class EnginePort(Protocol):
-    """Not thread-safe: every method is called on the engine's own thread."""
+    """Not thread-safe: every method but ``read_adapter`` is called on the engine's own thread."""
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -37,8 +38,12 @@ class EnginePort(Protocol):
         """One forward pass. Without work it only hands out what is still to be said."""
         ...
 
-    def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """Raises InvalidArgument, NotFound, AlreadyExists; then nothing is loaded."""
+    def read_adapter(self, name: str, path: str) -> Weights:
+        """Read and check it; changes nothing, on whatever thread. Raises InvalidArgument."""
+        ...
+
+    def register_adapter(self, name: str, weights: Weights) -> AdapterInfo:
+        """Serve what has been read. Raises AlreadyExists; then nothing is loaded."""
         ...
 
     def unload_adapter(self, name: str) -> None:

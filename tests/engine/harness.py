@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from forkkv_cluster.cache.geometry import KVGeometry
-from forkkv_cluster.core.config import SchedulerConfig
+from forkkv_cluster.core.config import AdapterMemoryConfig, SchedulerConfig
 from forkkv_cluster.core.errors import ForkKVError
 from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.invocation import last_invocation
@@ -26,6 +26,7 @@ from forkkv_cluster.core.request import (
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.testing.fake_model_runner import FakeModelRunner
 from forkkv_cluster.testing.manual_clock import ManualClock
+from forkkv_cluster.testing.manual_loader import ManualLoader
 
 _ids = count()
 
@@ -41,15 +42,27 @@ class FakeEngine:
         num_slabs: int = 64,
         num_host_slabs: int = 0,
         eos: tuple[int, ...] = (),
+        max_device_adapters: int = 8,
+        host_bytes: int = 1000,
+        load_delay: int = 0,
         **scheduler: int,
     ) -> None:
+        """``host_bytes`` are for adapters, of which each weighs 100, ``num_host_slabs`` for KV. ``load_delay``: steps that a
+        read from disk takes."""
         geometry = KVGeometry(2, 2, 8, page_size, 4, rank_classes=(8, 16))
         self.page_size = page_size
         self.runner = FakeModelRunner(geometry, eos=eos)
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 8, **scheduler})
-        kv_bytes, host_bytes = num_slabs * geometry.slab_bytes, num_host_slabs * geometry.slab_bytes
-        self.engine = Engine(self.runner, kv_bytes, config, self.clock, host_bytes=host_bytes)
+        self.engine = Engine(
+            self.runner,
+            num_slabs * geometry.slab_bytes,
+            config,
+            self.clock,
+            host_bytes=num_host_slabs * geometry.slab_bytes,
+            adapter_memory=AdapterMemoryConfig(max_device_adapters=max_device_adapters, host_bytes=host_bytes),
+            adapter_loader=ManualLoader(self.runner.read_adapter, load_delay),
+        )
         self.adapters: dict[str, AdapterRef] = {}
         for name, rank in (("a8", "8"), ("b8", "8"), ("c16", "16"), ("n0", "0"), ("v8", "8:1,2")):
             self.adapters[name] = self.engine.load_adapter(name, f"fake:{name}:{rank}").ref
@@ -73,6 +86,7 @@ class FakeEngine:
         declared: Sequence[str] = (),
         writer: str | None = None,
         namespace: str = "tenant",
+        tenant: str = "",
         resumed: Sequence[int] = (),
         deadline_s: float | None = None,
         priority: Priority = Priority.NORMAL,
@@ -113,6 +127,7 @@ class FakeEngine:
             deadline_s=deadline_s,
             priority=priority,
             invocation_start=start,
+            tenant=tenant,
         )
 
     def context_request(

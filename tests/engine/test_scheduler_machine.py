@@ -1,7 +1,9 @@
 """A stateful test of engine, scheduler and cache together: whatever happens, tokens follow the semantics.
 
-Random sessions over a tiny pool and a small vocabulary (prefixes collide all the time), with context passes, forks,
-turns, joins, cancels, deadlines and adapter reloads. Every finished turn must equal the page-free recurrence.
+Random sessions of two tenants over a tiny pool and a small vocabulary (prefixes collide all the time), with context
+passes, forks, turns, joins, cancels, deadlines and adapter reloads; fewer device slots than adapters, a host tier that
+holds some or none of them, reads that take steps, and files that change on disk. Every finished turn must equal the
+page-free recurrence, every request must end, and nothing may be held then.
 """
 
 from __future__ import annotations
@@ -10,13 +12,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forkkv_cluster.core.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted
+from forkkv_cluster.core.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidArgument, ResourceExhausted
+from forkkv_cluster.core.request import Priority
 from tests.engine.harness import FakeEngine
 from tests.engine.recurrence import expected_tokens
 
 SHARINGS = ("isolated", "residual", "eager", "base")
 ADAPTERS = ("a8", "b8", "c16", "n0", "v8", None)
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=5)
+
+
+def path_of(name: str) -> str:
+    return f"fake:{name}:{name[1:]}"
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -27,15 +34,35 @@ class EngineMachine(RuleBasedStateMachine):
         num_slabs=st.integers(40, 60),
         num_host_slabs=st.sampled_from([0, 4, 100]),
         batch=st.sampled_from([3, 8, 64]),
+        slots=st.sampled_from([1, 2, 4]),
+        host_bytes=st.sampled_from([0, 200, 400]),
+        load_delay=st.sampled_from([0, 3]),
+        overtakes=st.sampled_from([0, 1, 8]),
     )
-    def start(self, page_size: int, num_slabs: int, num_host_slabs: int, batch: int) -> None:
+    def start(
+        self,
+        page_size: int,
+        num_slabs: int,
+        num_host_slabs: int,
+        batch: int,
+        slots: int,
+        host_bytes: int,
+        load_delay: int,
+        overtakes: int,
+    ) -> None:
         self.fake = FakeEngine(
             page_size=page_size,
             num_slabs=num_slabs,
             num_host_slabs=num_host_slabs,
+            max_device_adapters=slots,
+            host_bytes=host_bytes,
+            load_delay=load_delay,
             max_num_batched_tokens=batch,
+            max_prefill_tokens_beside_decodes=max(1, batch // 2),
             max_num_seqs=4,
+            max_overtakes=overtakes,
         )
+        self.was_changed: set[str] = set()
         self.contexts: list[list[int]] = [[0, 1, 2, 0, 1, 2, 0]]
         self.expected: dict[str, list[int]] = {}
         self.excused: set[str] = set()
@@ -90,6 +117,8 @@ class EngineMachine(RuleBasedStateMachine):
             writer=writer,
             resumed=expected[:num_resumed],
             deadline_s=data.draw(st.sampled_from([None, self.fake.clock.wall() + 50])),
+            tenant=data.draw(st.sampled_from(["one", "two"])),
+            priority=data.draw(st.sampled_from(Priority)),
         )
         self._add(request, expected[num_resumed:])
         if writer is None:
@@ -130,8 +159,18 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(["a8", "c16"]))
     def reload_an_adapter(self, name: str) -> None:
+        self.fake.runner.changed_files.pop(path_of(name), None)
         self.fake.engine.unload_adapter(name)
-        self.fake.engine.load_adapter(name, f"fake:{name}:{name[1:]}")
+        self.fake.engine.load_adapter(name, path_of(name))
+
+    @rule(name=st.sampled_from(["a8", "b8"]))
+    def change_the_files_of_an_adapter(self, name: str) -> None:
+        self.fake.runner.changed_files[path_of(name)] = f"fake:{name}-retrained:8"
+        self.was_changed.add(name)
+
+    @rule()
+    def restore_all_files(self) -> None:
+        self.fake.runner.changed_files.clear()
 
     @rule()
     def drain(self) -> None:
@@ -140,6 +179,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert (status.num_running, status.num_waiting, status.num_pinned_pages) == (0, 0, 0)
         assert all(pool.num_free + pool.num_cached == pool.num_total for pool in status.pools)
         assert set(self.expected) == set(self.fake.last) | set(self.fake.errors)
+        memory = status.adapter_memory
+        assert (memory.num_pinned, memory.num_registered) == (0, len(self.fake.adapters))
+        assert memory.num_on_device == self.fake.runner.num_adapters <= memory.max_on_device
+        assert memory.host_bytes == 100 * memory.num_on_host <= memory.max_host_bytes
 
     @invariant()
     def finished_turns_follow_the_semantics(self) -> None:
@@ -148,6 +191,9 @@ class EngineMachine(RuleBasedStateMachine):
         for request_id in self.fake.last:
             assert self.fake.outputs[request_id] == self.expected[request_id]
         for request_id, error in self.fake.errors.items():
+            if isinstance(error, FailedPrecondition):
+                assert any(f"the files of adapter '{name}'" in error.message for name in self.was_changed)
+                continue
             assert request_id in self.excused, error
             assert isinstance(error, Cancelled | DeadlineExceeded | ResourceExhausted)
 

@@ -16,6 +16,7 @@ from forkkv_cluster.core.errors import (
 )
 from forkkv_cluster.core.events import CacheEvent
 from forkkv_cluster.core.request import FinishReason, TokenChunk
+from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.outputs import StepOutput
 from forkkv_cluster.testing.fake_engine import FakeEngine, fake_token
 from forkkv_cluster.testing.requests import adapter_ref, context_request, generate_request
@@ -201,6 +202,21 @@ async def test_a_call_hands_back_the_result_or_the_exception(harness: Harness) -
     assert info.name == "planner"
     with pytest.raises(AlreadyExists):
         await harness.thread.call(lambda engine: engine.load_adapter("planner", "dir"))
+
+
+async def test_requests_run_while_an_adapter_is_read(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, read = threading.Event(), harness.engine.read_adapter
+
+    def slow_read(name: str, path: str) -> Weights:
+        assert may_end.wait(10)
+        return read(name, path)
+
+    monkeypatch.setattr(harness.engine, "read_adapter", slow_read)
+    loading = asyncio.create_task(harness.thread.load_adapter("planner", "dir"))
+    assert len(await harness.tokens(generate_request([7, 8], max_tokens=3))) == 3
+    assert not loading.done()
+    may_end.set()
+    assert (await loading).name == "planner"
 
 
 async def test_a_failed_step_fails_all_in_flight_and_the_worker_is_unhealthy(gated: Harness) -> None:

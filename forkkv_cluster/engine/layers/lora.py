@@ -43,6 +43,16 @@ class LoraPart:
         """[rank, out]: what turns the residual of shared tokens into what is added to their base KV."""
         return self.b if self.normed_b is None else self.normed_b
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return self.b.nbytes + (self.normed_b.nbytes if self.normed_b is not None else 0)
+
+    def to(self, device: torch.device) -> LoraPart:
+        """On that device; tensors that are there already are shared."""
+        normed_b = self.normed_b.to(device) if self.normed_b is not None else None
+        return replace(self, b=self.b.to(device), normed_b=normed_b)
+
     def with_norm(self, weight: Tensor) -> LoraPart:
         """The same before a norm of this weight [D], over heads of D elements of its output."""
         heads = self.b.float().view(len(self.b), -1, len(weight))
@@ -59,6 +69,17 @@ class FusedLora:
     a: Tensor
     parts: Mapping[str, LoraPart]
     ones: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        own = self.a.nbytes + (self.ones.nbytes if self.ones is not None else 0)
+        return own + sum(part.num_bytes for part in self.parts.values())
+
+    def to(self, device: torch.device) -> FusedLora:
+        """On that device; tensors that are there already are shared."""
+        parts = {name: part.to(device) for name, part in self.parts.items()}
+        return FusedLora(self.a.to(device), parts, self.ones.to(device) if self.ones is not None else None)
 
     def shrink(self, x: Tensor) -> Tensor:
         """x [n, in] -> x A [n, sum of ranks]."""
