@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from forkkv_kernels.ops.qk_norm import KeyScale
-from forkkv_kernels.ops.residual_attention import (
-    GroupResidual,
-    attend,
-    attend_grouped,
+from forkkv_kernels.ops.merged_attention import attend_merged
+from forkkv_kernels.ops.partial_attention import (
+    PartialAttention,
     attend_padded,
     attend_plain,
     empty_partial,
     finish_partial,
     merge_partials_,
+)
+from forkkv_kernels.ops.qk_norm import KeyScale
+from forkkv_kernels.ops.residual_attention import (
+    GroupResidual,
+    attend,
+    attend_grouped,
     reconstruct_k,
     reconstruct_v,
 )
 from torch import Tensor
 
 from forkkv_cluster.cache.merged_keys import MergedRun, MergedUse
-from forkkv_cluster.engine.adapters import AdapterSlots
+from forkkv_cluster.engine.adapters import AdapterSlots, AdapterWeights
 from forkkv_cluster.engine.attention_plan import (
     AttentionPlan,
     DecodeTile,
@@ -31,6 +37,7 @@ from forkkv_cluster.engine.attention_plan import (
     Slots,
     TileResidual,
 )
+from forkkv_cluster.engine.batch import IntArray
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
 
@@ -51,20 +58,22 @@ class _LayerResidual:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PaddedTensors:
-    """``PaddedTiles`` on the device: rows [n], slots [n * longest], lengths [n] int64."""
+    """``PaddedTiles`` on the device: rows [n] int64 (None: all decode rows, in order), slots [n * longest] int64, hidden
+    [n, longest] bool."""
 
-    rows: Tensor
+    rows: Tensor | None
     slots: Tensor
-    lengths: Tensor
+    hidden: Tensor
 
     @classmethod
-    def of(cls, tiles: PaddedTiles, device: torch.device) -> _PaddedTensors:
-        rows, slots, lengths = (torch.from_numpy(x).to(device) for x in (tiles.rows, tiles.slots.reshape(-1), tiles.lengths))
-        return cls(rows, slots, lengths)
+    def of(cls, tiles: PaddedTiles, num_rows: int, device: torch.device) -> _PaddedTensors:
+        hidden = np.arange(tiles.slots.shape[1]) >= tiles.lengths[:, None]
+        slots, is_hidden = (torch.from_numpy(x).to(device) for x in (tiles.slots.reshape(-1), hidden))
+        return cls(_rows(tiles.rows, num_rows, device), slots, is_hidden)
 
     def take(self, pool: Tensor) -> Tensor:
         """pool [slots, Hkv, D] -> [n, longest, Hkv, D]."""
-        return pool.index_select(0, self.slots).view(len(self.rows), -1, *pool.shape[1:])
+        return pool.index_select(0, self.slots).view(len(self.hidden), -1, *pool.shape[1:])
 
 
 class PagedAttention:
@@ -79,7 +88,7 @@ class PagedAttention:
         self._written: set[tuple[int, MergedRun, int, int]] = set()
         self._decode_rows = torch.from_numpy(plan.decode_rows).to(kv.arena.device)
         self._tiles = [(tile, *self._tile_tensors(tile)) for tile in plan.tiles]
-        self._padded = [_PaddedTensors.of(tiles, kv.arena.device) for tiles in plan.padded]
+        self._padded = [_PaddedTensors.of(tiles, len(plan.decode_rows), kv.arena.device) for tiles in plan.padded]
 
     def run(self, layer: int, q: Tensor) -> Tensor:
         """q [T, Hq, D] rotated -> [T, Hq, D]. Whatever this layer wrote in this step is visible."""
@@ -126,36 +135,54 @@ class PagedAttention:
         geometry = self._kv.geometry
         group = q.shape[1] // geometry.num_kv_heads
         by_head = (q * q.shape[-1] ** -0.5).view(len(q), geometry.num_kv_heads, group, -1).transpose(0, 1)
-        state = empty_partial(geometry.num_kv_heads, len(q), group, q.shape[-1], q.device)
-        base_k, base_v = self._kv.base(layer)
-        for tile, rows, hidden in self._tiles:
-            k, v = _take(base_k, tile.slots), _take(base_v, tile.slots)
-            if tile.residuals:
-                cos_sin = self._rotary.compact[tile.start : tile.end]
-                residuals = [self._group_residual(layer, tile, residual, k) for residual in tile.residuals]
-                partial = attend_grouped(by_head[:, rows], k, v, cos_sin, residuals, hidden)
-            else:
-                partial = attend_plain(by_head[:, rows], k, v, hidden)
-            merge_partials_(state, partial, rows)
-        for padded in self._padded:
-            k, v = (padded.take(pool) for pool in (base_k, base_v))
-            merge_partials_(state, attend_padded(by_head[:, padded.rows], k, v, padded.lengths), padded.rows)
+        state: PartialAttention | None = None
+        for part, rows in self._decode_parts(layer, by_head):
+            if state is None and rows is None:
+                state = part
+                continue
+            if state is None:
+                state = empty_partial(geometry.num_kv_heads, len(q), group, q.shape[-1], q.device)
+            merge_partials_(state, part, rows)
+        if state is None:
+            raise ValueError("decode rows without a tile")
         out: Tensor = finish_partial(state)
         return out
 
+    def _decode_parts(self, layer: int, q: Tensor) -> Iterator[tuple[PartialAttention, Tensor | None]]:
+        """q [Hkv, N, g, D] scaled. Attention over each tile, and its rows; None: all, in order."""
+        base_k, base_v = self._kv.base(layer)
+        for tile, rows, hidden in self._tiles:
+            own_q = q if rows is None else q[:, rows]
+            k, v = _take(base_k, tile.slots), _take(base_v, tile.slots)
+            yield self._attend_tile(layer, tile, own_q, k, v, hidden), rows
+        for padded in self._padded:
+            own_q = q if padded.rows is None else q[:, padded.rows]
+            yield attend_padded(own_q, padded.take(base_k), padded.take(base_v), padded.hidden), padded.rows
+
+    def _attend_tile(
+        self, layer: int, tile: DecodeTile, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None
+    ) -> PartialAttention:
+        if not tile.residuals:
+            plain: PartialAttention = attend_plain(q, k, v, hidden)
+            return plain
+        residuals = [self._group_residual(layer, tile, residual, k) for residual in tile.residuals]
+        merged: PartialAttention | None = attend_merged(q, v, residuals, hidden)
+        if merged is not None:
+            return merged
+        grouped: PartialAttention = attend_grouped(q, k, v, self._rotary.compact[tile.start : tile.end], residuals, hidden)
+        return grouped
+
     def _group_residual(self, layer: int, tile: DecodeTile, part: TileResidual, base_k: Tensor) -> GroupResidual:
-        residual = self._residual(layer, part.adapter_slot, part.slots)
-        merged_k = self._merged_k(layer, part.merged_keys, tile.start, tile.end, base_k, residual)
-        return GroupResidual(
-            part.row_start,
-            part.row_end,
-            residual.a_k,
-            residual.b_k,
-            residual.a_v,
-            residual.b_v,
-            residual.k_scale,
-            merged_k,
-        )
+        weights, use = self._adapters[part.adapter_slot], part.merged_keys
+        if use is not None and use.is_written and weights.layers[layer].k is not None:
+            merged_k: Tensor | None = self._kv.merged_keys(layer, use.run)[:, tile.start : tile.end]
+            a_k = b_k = scale = None  # nothing of K is left to be built
+            a_v, b_v = self._factors(layer, weights, part.slots, 1)
+        else:
+            residual = self._residual(layer, part.adapter_slot, part.slots)
+            merged_k = self._merged_k(layer, use, tile.start, tile.end, base_k, residual)
+            a_k, b_k, a_v, b_v, scale = residual.a_k, residual.b_k, residual.a_v, residual.b_v, residual.k_scale
+        return GroupResidual(part.row_start, part.row_end, a_k, b_k, a_v, b_v, scale, merged_k)
 
     def _merged_k(
         self, layer: int, use: MergedUse | None, start: int, end: int, base_k: Tensor, residual: _LayerResidual
@@ -177,19 +204,21 @@ class PagedAttention:
         lora, geometry = weights.layers[layer], self._kv.geometry
         if weights.residual_rank == 0:
             return _LayerResidual(None, None, None, None)
+        (a_k, b_k), (a_v, b_v) = (self._factors(layer, weights, slots, plane) for plane in (0, 1))
         pools = self._kv.residual(layer, geometry.rank_class(weights.residual_rank))
-        factors: list[Tensor | None] = []
-        for pool, part in zip(pools, (lora.k, lora.v), strict=True):
-            if part is None:
-                factors += [None, None]
-            else:
-                b = part.shared_b.view(part.rank, geometry.num_kv_heads, geometry.head_dim)
-                factors += [_take(pool[:, : part.rank], slots), b]
         scale = None
         if lora.has_key_scale:
             scale = KeyScale(*(_take(columns, slots) for columns in lora.key_scale_columns(pools, geometry.num_kv_heads)))
-        a_k, b_k, a_v, b_v = factors
         return _LayerResidual(a_k, b_k, a_v, b_v, scale)
+
+    def _factors(self, layer: int, weights: AdapterWeights, slots: Slots, plane: int) -> tuple[Tensor | None, Tensor | None]:
+        """a [S, r] at ``slots`` and b [r, Hkv, D] of k (plane 0) or v (plane 1); None twice where it is not targeted."""
+        lora, geometry = weights.layers[layer], self._kv.geometry
+        part = (lora.k, lora.v)[plane]
+        if part is None:
+            return None, None
+        pool = self._kv.residual(layer, geometry.rank_class(weights.residual_rank))[plane]
+        return _take(pool[:, : part.rank], slots), part.shared_b.view(part.rank, geometry.num_kv_heads, geometry.head_dim)
 
     def _mask(self, start_pos: int, kv_len: int) -> Tensor:
         """[rows, kv_len] bool, True where visible; built once for all layers."""
@@ -200,10 +229,17 @@ class PagedAttention:
             self._masks[key] = torch.arange(kv_len, device=device)[None, :] <= positions[:, None]
         return self._masks[key]
 
-    def _tile_tensors(self, tile: DecodeTile) -> tuple[Tensor, Tensor | None]:
+    def _tile_tensors(self, tile: DecodeTile) -> tuple[Tensor | None, Tensor | None]:
         device = self._kv.arena.device
         hidden = torch.from_numpy(tile.hidden).to(device) if tile.hidden is not None else None
-        return torch.from_numpy(tile.rows).to(device), hidden
+        return _rows(tile.rows, len(self._plan.decode_rows), device), hidden
+
+
+def _rows(rows: IntArray, num_rows: int, device: torch.device) -> Tensor | None:
+    """rows [n] on the device; None when they are all ``num_rows``, in order, and need no gathering."""
+    if len(rows) == num_rows and (rows == np.arange(num_rows)).all():
+        return None
+    return torch.from_numpy(rows).to(device)
 
 
 def _take(pool: Tensor, slots: Slots) -> Tensor:

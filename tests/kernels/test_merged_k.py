@@ -1,4 +1,4 @@
-"""Attention over an adapter's whole K, where it is at hand, against base K and a_k B_k."""
+"""Attention over adapters' whole K, where it is at hand, against base K and a_k B_k."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forkkv_kernels.ops.merged_attention import attend_merged
 from forkkv_kernels.ops.residual_attention import GroupResidual, attend_grouped, reconstruct_k
 
-from tests.kernels.test_residual_attention import finish, make
+from tests.kernels.test_residual_attention import HKV, D, finish, make
 
 
 def whole(residual: GroupResidual, base_k: torch.Tensor, cos_sin: torch.Tensor) -> GroupResidual:
@@ -41,3 +42,38 @@ def test_where_every_row_has_its_whole_k_base_k_is_not_read() -> None:
     poisoned = torch.full_like(case.base_k, float("nan"))
     partial = attend_grouped(case.grouped_q, poisoned, case.base_v, case.cos_sin, [residual])
     assert torch.isfinite(partial.output).all()
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [2, 0, 3, 1], [0, 2, 4, 7]], ids=str)
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_adapters_side_by_side_in_one_product_give_what_each_gives(places: list[int], length: int, is_masked: bool) -> None:
+    """Four adapters whose K lie at these places of one arena, in an order that is not that of the rows."""
+    cases = [make(4 * length, 20, seed=seed) for seed in range(4)]
+    one = cases[0]
+    arena = torch.full((8, HKV, 20, D), float("nan"))
+    residuals = []
+    for number, (case, place) in enumerate(zip(cases, places, strict=True)):
+        is_v_alone = number == 3
+        built = GroupResidual(
+            number * length, (number + 1) * length, case.a_k, case.b_k,
+            None if is_v_alone else case.a_v, None if is_v_alone else case.b_v,
+        )  # fmt: skip
+        arena[place] = whole(built, one.base_k, one.cos_sin).merged_k  # type: ignore[call-overload]
+        residuals.append(replace(built, merged_k=arena[place]))
+    num_rows = 4 * length
+    hidden = torch.arange(20)[None, :] > torch.arange(20 - num_rows, 20)[:, None] if is_masked else None
+    together = attend_merged(one.grouped_q, one.base_v, residuals, hidden)
+    assert together is not None
+    apart = attend_grouped(one.grouped_q, one.base_k, one.base_v, one.cos_sin, residuals, hidden)
+    rows = torch.arange(num_rows)
+    torch.testing.assert_close(finish([(together, rows)], num_rows), finish([(apart, rows)], num_rows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.lse, apart.lse, atol=1e-5, rtol=1e-5)
+
+
+def test_one_product_is_not_for_rows_without_whole_k_nor_for_uneven_numbers_of_rows() -> None:
+    case = make(3, 20)
+    at_hand = whole(GroupResidual(0, 1, case.a_k, case.b_k, None, None), case.base_k, case.cos_sin)
+    uneven = replace(at_hand, row_start=1, row_end=3)
+    for residuals in ([at_hand], [at_hand, replace(uneven, merged_k=None)], [at_hand, uneven]):
+        assert attend_merged(case.grouped_q, case.base_v, residuals) is None

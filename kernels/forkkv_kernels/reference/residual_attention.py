@@ -27,12 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from forkkv_kernels.reference.partial_attention import PartialAttention, softmax_with_lse
 from forkkv_kernels.reference.qk_norm import KeyScale, scale_k, scale_scores_
 from forkkv_kernels.reference.rope import apply_rope
-
-MASKED = -1e30
-"""Score of a key that a row may not see. Finite: a row with no visible key in one tile must not become NaN, and its
-weight vanishes when the tiles are merged."""
 
 _FOLD_MAX_ELEMS = 1 << 22
 """Largest intermediate [rows * r, keys] of the folded product, elements: above it, keys are cut into pieces."""
@@ -61,15 +58,6 @@ class GroupResidual:
     merged_k: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PartialAttention:
-    """Attention over some of the keys: running maximum and sum [Hkv, T, g], unnormalised output [Hkv, T, g, D], fp32."""
-
-    maximum: Tensor
-    total: Tensor
-    output: Tensor
-
-
 def reconstruct_k(base_k: Tensor, a_k: Tensor, b_k: Tensor, cos_sin: Tensor, scale: KeyScale | None = None) -> Tensor:
     """base_k [S, Hkv, D] rotated, a_k [S, r], b_k [r, Hkv, D], cos_sin [S, D] fp32 -> K [S, Hkv, D]; ``scale`` with QK-norm."""
     delta = torch.matmul(a_k, b_k.flatten(1)).view(base_k.shape)
@@ -87,47 +75,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
-
-
-def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> PartialAttention:
-    """Rows without a residual against one run of keys: q [Hkv, T, g, D] scaled, k and v [S, Hkv, D], mask [T, S] bool
-    (True: hidden)."""
-    num_kv_heads, num_rows, group, head_dim = q.shape
-    if q.device.type != "cpu" or q.dtype == torch.float16:
-        return attend_grouped(q, k, v, q.new_empty(0), (), mask)
-    bias = None
-    if mask is not None:
-        hidden = torch.where(mask, torch.finfo(q.dtype).min / 2, 0.0).to(q.dtype)
-        bias = hidden.repeat_interleave(group, dim=0)[None, None]
-    rows = q.reshape(1, num_kv_heads, num_rows * group, head_dim)
-    out, lse = _flash(rows, k.transpose(0, 1)[None], v.transpose(0, 1)[None], bias)
-    return PartialAttention(lse.view(q.shape[:3]), torch.ones_like(lse).view(q.shape[:3]), out.float().view(q.shape))
-
-
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> PartialAttention:
-    """N rows, each against keys of its own, in one call: q [Hkv, N, g, D] scaled, k and v [N, S, Hkv, D], of which row n
-    sees the first lengths[n] >= 1 (the others must be finite)."""
-    hidden = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
-    if q.device.type != "cpu" or q.dtype == torch.float16:
-        scores = torch.einsum("hngd,nshd->hngs", q, k).float().masked_fill_(hidden[None, :, None], MASKED)
-        maximum = scores.amax(dim=-1)
-        weights = scores.sub_(maximum.unsqueeze(-1)).exp_()
-        output = torch.einsum("hngs,nshd->hngd", weights.to(v.dtype), v).float()
-        return PartialAttention(maximum, weights.sum(dim=-1), output)
-    bias = torch.where(hidden, torch.finfo(q.dtype).min / 2, 0.0).to(q.dtype)[:, None, None]
-    out, lse = _flash(q.transpose(0, 1), k.transpose(1, 2), v.transpose(1, 2), bias)
-    lse = lse.transpose(0, 1)
-    return PartialAttention(lse, torch.ones_like(lse), out.transpose(0, 1).float())
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """torch's CPU flash attention, which also gives the log-sum-exp that merging needs: q [B, H, T, D] scaled, k and v
-    [B, H, S, D], bias [B or 1, 1, T or 1, S] added to the scores -> [B, H, T, D] and [B, H, T] fp32.
-
-    On strided K and V of 2,048 keys it takes half the time of two bf16 matrix products and an explicit softmax.
-    """
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=1.0)
-    return out, lse.view(out.shape[:3])
 
 
 def attend_grouped(
@@ -151,16 +98,11 @@ def attend_grouped(
         if start in k_scales:
             scale_scores_(scores[:, start:end], added, k_scales[start])
         scores[:, start:end] += added
-    if mask is not None:
-        scores.masked_fill_(mask[None, :, None, :], MASKED)
-    maximum = scores.amax(dim=-1)
-    weights = scores.sub_(maximum.unsqueeze(-1)).exp_()
-    total = weights.sum(dim=-1)
-    weights = weights.to(base_v.dtype)
+    lse, weights = softmax_with_lse(scores, mask[None, :, None] if mask is not None else None, base_v.dtype)
     output = torch.matmul(weights.view(*rows, -1), base_v.transpose(0, 1)).float().view(q.shape)
     for start, end, added in _residual_outputs(weights, residuals):
         output[:, start:end] += added
-    return PartialAttention(maximum, total, output)
+    return PartialAttention(lse, output)
 
 
 def _key_scores(q: Tensor, base_k: Tensor, residuals: Sequence[GroupResidual]) -> Tensor:
@@ -184,7 +126,7 @@ def _residual_scores(q: Tensor, residuals: Sequence[GroupResidual], cos_sin: Ten
     """(first row, end row, scores [Hkv, rows, g, S] fp32) of every residual on K."""
     built = [r for r in residuals if r.merged_k is None]
     parts = [(r.row_start, r.row_end, r.a_k, r.b_k) for r in built if r.a_k is not None and r.b_k is not None]
-    for bounds, a_k, b_k in _alike(parts):
+    for bounds, a_k, b_k in alike(parts):
         start, end = bounds[0]
         if (end - start) * q.shape[2] > _FOLD_MAX_ROWS:
             for (start, end), a, b in zip(bounds, a_k, b_k, strict=True):
@@ -198,14 +140,14 @@ def _residual_scores(q: Tensor, residuals: Sequence[GroupResidual], cos_sin: Ten
 def _residual_outputs(weights: Tensor, residuals: Sequence[GroupResidual]) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, end row, (P a_v) B_v [Hkv, rows, g, D] fp32) of every residual on V; weights [Hkv, T, g, S]."""
     parts = [(r.row_start, r.row_end, r.a_v, r.b_v) for r in residuals if r.a_v is not None and r.b_v is not None]
-    for bounds, a_v, b_v in _alike(parts):
+    for bounds, a_v, b_v in alike(parts):
         own = torch.stack([weights[:, start:end] for start, end in bounds])
         recalled = torch.bmm(own.flatten(1, 3), torch.stack(a_v)).view(*own.shape[:4], -1)
         outputs = torch.einsum("ahtgr,arhd->ahtgd", recalled, torch.stack(b_v)).float()
         yield from ((start, end, output) for (start, end), output in zip(bounds, outputs, strict=True))
 
 
-def _alike(
+def alike(
     parts: Sequence[tuple[int, int, Tensor, Tensor]],
 ) -> Iterator[tuple[list[tuple[int, int]], list[Tensor], list[Tensor]]]:
     """(row bounds, a, b) by equal numbers of rows and equal rank: those can be computed together."""
@@ -248,29 +190,3 @@ def _fold_query(q: Tensor, b_k: Tensor) -> Tensor:
     q1, q2 = q.unsqueeze(4).chunk(2, dim=-1)  # [G, Hkv, T, g, 1, D/2]
     b1, b2 = b_k.transpose(1, 2)[:, :, None, None].chunk(2, dim=-1)  # [G, Hkv, 1, 1, r, D/2]
     return torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1).view(-1, q.shape[-1])
-
-
-def merge_partials_(into: PartialAttention, part: PartialAttention, rows: Tensor) -> None:
-    """Fold ``part`` (whose row i is row ``rows[i]`` of ``into``) into the running softmax, in place. rows [n] int64."""
-    old_maximum = into.maximum[:, rows]
-    maximum = torch.maximum(old_maximum, part.maximum)
-    keep, add = (old_maximum - maximum).exp_(), (part.maximum - maximum).exp_()
-    into.maximum[:, rows] = maximum
-    into.total[:, rows] = into.total[:, rows] * keep + part.total * add
-    into.output[:, rows] = into.output[:, rows] * keep.unsqueeze(-1) + part.output * add.unsqueeze(-1)
-
-
-def empty_partial(num_kv_heads: int, num_rows: int, group: int, head_dim: int, device: torch.device) -> PartialAttention:
-    """Attention over no key at all: the neutral element of ``merge_partials_``."""
-    shape = (num_kv_heads, num_rows, group)
-    return PartialAttention(
-        torch.full(shape, 2 * MASKED, device=device),
-        torch.zeros(shape, device=device),
-        torch.zeros(*shape, head_dim, device=device),
-    )
-
-
-def finish_partial(partial: PartialAttention) -> Tensor:
-    """Normalise: -> [T, Hq, D] fp32."""
-    output = partial.output / partial.total.unsqueeze(-1)
-    return output.transpose(0, 1).flatten(1, 2)
