@@ -32,6 +32,11 @@ calls 0.6; beyond this the copy costs more than the calls."""
 PADDED_MIN_TOKENS = 64
 """Tiles shorter than this count as this long when tiles of similar length are put together."""
 
+MAX_CUTS = 2
+CUT_MIN_TOKENS = 512
+"""A tile is cut at borders between runs of consecutive pages when they are few and one of the runs is this long. Copying K and
+V of 2,048 tokens takes 0.12 ms a layer, merging one more part 0.03."""
+
 TILE_TOKENS = 4096
 """Longest tile, tokens: bounds the score matrix of a decode step."""
 
@@ -232,10 +237,19 @@ class _Tiler:
     def _cut(self, group: Sequence[_Member], start: int, end: int) -> Iterator[DecodeTile]:
         """Tiles over [start, end), cut where some member's residual ends and at the longest tile."""
         ends = {member.span.residual.num_tokens for member in group if member.span.residual is not None}
-        borders = sorted({start, end, *(e for e in ends if start < e < end)})
+        borders = sorted({start, end, *(e for e in ends if start < e < end), *self._breaks(group[0].span.pages, start, end)})
         for low, high in itertools.pairwise(borders):
             for tile_start in range(low, high, TILE_TOKENS):
                 yield self._tile(group, tile_start, min(tile_start + TILE_TOKENS, high))
+
+    def _breaks(self, pages: PageArray, start: int, end: int) -> list[int]:
+        """Tokens inside (start, end) where the run of consecutive pages ends, if cutting there spares copies: a tile is read
+        through a view only when all its pages are consecutive."""
+        first = start // self._page_size
+        jumps = first + 1 + np.flatnonzero(np.diff(pages[first : -(-end // self._page_size)]) != 1)
+        cuts = [int(page) * self._page_size for page in jumps]
+        pieces = np.diff([start, *cuts, end])
+        return cuts if len(cuts) <= MAX_CUTS and pieces.max() >= CUT_MIN_TOKENS else []
 
     def _tile(self, group: Sequence[_Member], start: int, end: int) -> DecodeTile:
         by_residual: dict[tuple[int, bytes] | None, list[_Member]] = {}

@@ -24,10 +24,13 @@ class KVBuffers:
         )
         self._base = self.arena.view(geometry.num_layers, 2, -1, geometry.num_kv_heads, geometry.head_dim)
         self._residual = {c: self.arena.view(geometry.num_layers, 2, -1, c) for c in geometry.rank_classes}
+        # Views by layer, made once: a step asks for hundreds of them.
+        self._base_planes = _planes(self._base)
+        self._residual_planes = {rank_class: _planes(pool) for rank_class, pool in self._residual.items()}
 
     def base(self, layer: int) -> tuple[Tensor, Tensor]:
         """K (rotated) and V of one layer by slot: [num_slots, Hkv, D] each, views."""
-        return self._base[layer, 0], self._base[layer, 1]
+        return self._base_planes[layer]
 
     def merged_keys(self, layer: int, run: MergedRun) -> Tensor:
         """An adapter's whole K of one layer, in borrowed slabs: [Hkv, num_tokens, D], a contiguous view."""
@@ -41,8 +44,7 @@ class KVBuffers:
 
         Columns beyond r_k, r_v hold ``KeyScale`` where there is one (``LayerLora.key_scale_columns``), else nothing.
         """
-        view = self._residual[rank_class]
-        return view[layer, 0], view[layer, 1]
+        return self._residual_planes[rank_class][layer]
 
     def pages(self, page_class: int | None) -> Tensor:
         """Whole pages of one class, [num_layers, 2, num_pages, elements of a page], a view; None: base pages."""
@@ -56,6 +58,10 @@ class KVBuffers:
     def copy_residual(self, rank_class: int, source_page: int, target_page: int, num_tokens: int) -> None:
         """Copy the first ``num_tokens`` tokens of a residual page of that rank class, all layers."""
         _copy_page(self._residual[rank_class], self.geometry.page_size, source_page, target_page, num_tokens)
+
+
+def _planes(pool: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(layer[0], layer[1]) for layer in pool]
 
 
 def _copy_page(view: Tensor, page_size: int, source_page: int, target_page: int, num_tokens: int) -> None:
