@@ -84,7 +84,6 @@ class PagedAttention:
         self._kv = kv
         self._adapters = adapters
         self._rotary = rotary
-        self._masks: dict[tuple[int, int], Tensor] = {}
         self._written: set[tuple[int, MergedRun, int, int]] = set()
         self._decode_rows = torch.from_numpy(plan.decode_rows).to(kv.arena.device)
         self._tiles = [(tile, *self._tile_tensors(tile)) for tile in plan.tiles]
@@ -110,10 +109,7 @@ class PagedAttention:
                 rebuilt[span.residual.key] = self._rebuild(layer, base_k[:end], base_v[:end], span.residual)
             k, v = rebuilt[span.residual.key]
             base_k, base_v = (torch.cat((k, base_k[len(k) :])), torch.cat((v, base_v[len(v) :])))
-        if span.start_pos == 0:
-            out: Tensor = attend(q, base_k, base_v, mask=None, is_causal=True)
-        else:
-            out = attend(q, base_k, base_v, mask=self._mask(span.start_pos, span.kv_len), is_causal=False)
+        out: Tensor = attend(q, base_k, base_v)
         return out
 
     def _rebuild(self, layer: int, base_k: Tensor, base_v: Tensor, piece: ResidualPiece) -> tuple[Tensor, Tensor]:
@@ -219,15 +215,6 @@ class PagedAttention:
             return None, None
         pool = self._kv.residual(layer, geometry.rank_class(weights.residual_rank))[plane]
         return _take(pool[:, : part.rank], slots), part.shared_b.view(part.rank, geometry.num_kv_heads, geometry.head_dim)
-
-    def _mask(self, start_pos: int, kv_len: int) -> Tensor:
-        """[rows, kv_len] bool, True where visible; built once for all layers."""
-        key = (start_pos, kv_len)
-        if key not in self._masks:
-            device = self._kv.arena.device
-            positions = torch.arange(start_pos, kv_len, device=device)
-            self._masks[key] = torch.arange(kv_len, device=device)[None, :] <= positions[:, None]
-        return self._masks[key]
 
     def _tile_tensors(self, tile: DecodeTile) -> tuple[Tensor | None, Tensor | None]:
         device = self._kv.arena.device

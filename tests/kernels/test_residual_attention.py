@@ -209,13 +209,19 @@ def test_merging_touches_only_the_rows_it_names() -> None:
     torch.testing.assert_close(state.output[:, [3, 1]], partial.output)
 
 
-def test_dense_attention_masks_the_future() -> None:
-    case = make(6, 20)
-    visible = torch.arange(20)[None, :] <= torch.arange(14, 20)[:, None]
-    actual = attend(case.q, case.base_k, case.base_v, visible, is_causal=False)
-    torch.testing.assert_close(
-        actual, naive(case.q, case.base_k.double(), case.base_v.double(), ~visible), atol=1e-5, rtol=1e-5
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "num_keys"), [(6, 20), (20, 20), (1, 20)])
+@pytest.mark.parametrize("max_elems", [1 << 24, 4 * HKV * GROUP * 20], ids=["whole", "in-pieces"])
+def test_dense_attention_masks_the_future(
+    dtype: torch.dtype, num_rows: int, num_keys: int, max_elems: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_SCORES_MAX_ELEMS", max_elems)
+    case = make(num_rows, num_keys)
+    hidden = torch.arange(num_keys)[None, :] > torch.arange(num_keys - num_rows, num_keys)[:, None]
+    q, k, v = (x.to(dtype) for x in (case.q, case.base_k, case.base_v))
+    wanted = naive(q, k.double(), v.double(), hidden)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(attend(q, k, v).float(), wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("num_rows", [1, 40])
