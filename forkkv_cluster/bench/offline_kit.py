@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from forkkv_cluster.bench.measurement import Measurement
-from forkkv_cluster.bench.offline_bench import OfflineBench, OnRun, Suite
+from forkkv_cluster.bench.offline_bench import NO_ADAPTER, OfflineBench, OnRun, Suite
 from forkkv_cluster.bench.offline_workloads import Workload
 from forkkv_cluster.bench.peer import Peer
+from forkkv_cluster.bench.step_profile import ProfiledEngine
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.testing.speed_kit import SpeedKit, SpeedSpec, build_speed_kit
@@ -34,7 +35,24 @@ def run_offline(
 
     page_size = engine_config(kit, 1, num_threads).cache.page_size
     bench = OfflineBench(make_engine, tuple(kit.adapter_dirs), page_size, repeats, on_run)
-    return bench.measure(suite or Suite(), peer_seconds if peer is not None else None)
+    suite = suite or Suite()
+    rows = bench.measure(suite, peer_seconds if peer is not None else None)
+    return rows + _step_shares(kit, suite, page_size, num_threads, on_run)
+
+
+def _step_shares(kit: SpeedKit, suite: Suite, page_size: int, num_threads: int, on_run: OnRun) -> list[Measurement]:
+    """Where a decode step's time goes, with adapters and without, in runs of their own: the profiler slows them down."""
+    rows: list[Measurement] = []
+
+    def make_engine(kv_bytes: int) -> ProfiledEngine:
+        return ProfiledEngine.from_config(engine_config(kit, kv_bytes, num_threads))
+
+    bench = OfflineBench(make_engine, tuple(kit.adapter_dirs), page_size, 1, on_run)
+    for mode in (NO_ADAPTER, "eager"):
+        engine = make_engine(suite.kv_bytes)
+        bench.run_once(engine, suite.eight, mode)
+        rows += engine.step_shares(f"{suite.eight.name}, {mode}")
+    return rows
 
 
 def engine_config(kit: SpeedKit, kv_bytes: int, num_threads: int) -> ClusterConfig:

@@ -6,6 +6,7 @@ A step: expire and cancel, schedule, build the batch, run it, sample, commit. Ev
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.cache.swaps import NO_SWAPS, SwapPlan
@@ -82,7 +83,7 @@ class Engine:
         self._counts = EngineCounts()
 
     @classmethod
-    def from_config(cls, config: ClusterConfig, clock: Clock | None = None) -> Engine:
+    def from_config(cls, config: ClusterConfig, clock: Clock | None = None) -> Self:
         """Load the configured model and adapters. Raises InvalidArgument or Unsupported that names the bad field."""
         import torch  # Here: an engine over a fake runner needs no torch.
 

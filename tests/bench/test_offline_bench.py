@@ -34,6 +34,15 @@ def test_every_workload_runs_and_no_shared_token_runs_again(tmp_path: Path):
     assert rows["eight: eager over no adapters"] == pytest.approx(rows["eight: no adapters"] / rows["eight: eager"])
     assert rows["fork: tokens run again"] == 0
     assert rows["eight, 1 MiB pool: residual over isolated"] > 0
+    lora = []
+    for mode in ("no adapters", "eager"):
+        whole = rows[f"eight, {mode}: a decode step under the profiler"]
+        parts = {name: value for name, value in rows.items() if name.startswith(f"eight, {mode}: ") and name.endswith("of it")}
+        assert sum(parts.values()) == pytest.approx(whole)
+        by_part = {name.split(": ")[1].split(",")[0]: value for name, value in parts.items()}
+        assert min(by_part.values()) > 0
+        lora.append(by_part["LoRA"])
+    assert lora[0] < lora[1]
 
 
 def test_a_workload_is_a_valid_trace_whose_turns_wait_for_all_of_the_turn_before():
