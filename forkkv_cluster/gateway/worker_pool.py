@@ -6,7 +6,8 @@ The only file of the gateway that knows Serve handles and Ray's errors. Every re
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import contextvars
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
 from forkkv_cluster.core.errors import Cancelled, ForkKVError, Internal, ResourceExhausted, Unavailable, WorkerStopped
@@ -52,7 +53,7 @@ class ServeWorkerPool:
         self._broadcast_timeout_s = broadcast_timeout_s
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        response = self._handle.options(method_name="generate", stream=True).remote(request)
+        response = _by_itself(lambda: self._handle.options(method_name="generate", stream=True).remote(request))
         is_over = False
         try:
             async for chunk in response:
@@ -67,14 +68,14 @@ class ServeWorkerPool:
 
     async def run_context(self, request: ContextRequest) -> TokenChunk:
         try:
-            chunk: TokenChunk = await self._handle.options(method_name="run_context").remote(request)
+            chunk: TokenChunk = await _by_itself(lambda: self._handle.options(method_name="run_context").remote(request))
             return chunk
         except Exception as error:
             raise translate(error) from None
 
     async def model_info(self) -> ModelInfo:
         try:
-            info: ModelInfo = await self._handle.options(method_name="model_info").remote()
+            info: ModelInfo = await _by_itself(lambda: self._handle.options(method_name="model_info").remote())
             return info
         except Exception as error:
             raise translate(error) from None
@@ -88,6 +89,15 @@ class ServeWorkerPool:
         except Exception as error:
             raise translate(error) from None
         return [translate(result) if isinstance(result, BaseException) else result for result in results]
+
+
+def _by_itself(call: Callable[[], Any]) -> Any:
+    """Make a handle call outside the request that this one serves.
+
+    Serve gives every call made within a request the request's own internal id, and its router finds waiting calls by that
+    id: of two that wait at once, as the choices of one HTTP request do, one would be forgotten for ever.
+    """
+    return contextvars.Context().run(call)
 
 
 def translate(error: BaseException) -> Exception:

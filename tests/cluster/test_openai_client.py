@@ -88,6 +88,13 @@ def test_an_echoed_prompt_has_the_probabilities_of_its_prompt_logprobs(http: ope
     assert echoed.usage.completion_tokens == 0
 
 
+def test_prompts_of_one_request_do_not_wait_for_each_other_for_ever(http: openai.OpenAI) -> None:
+    prompts = [[5 + number, 6, 7] for number in range(4)]
+    for _ in range(10):
+        found = http.completions.create(model="critic", prompt=prompts, max_tokens=2, n=2, temperature=0)
+        assert [choice.index for choice in found.choices] == list(range(8))
+
+
 def test_stop_and_seed_do_what_they_say(http: openai.OpenAI) -> None:
     ask = {"model": "planner", "prompt": "Once", "max_tokens": 24, "temperature": 1.0, "seed": 5}
     first, again = (http.completions.create(**ask).choices[0].text for _ in range(2))  # type: ignore[call-overload]
