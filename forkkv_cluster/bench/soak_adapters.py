@@ -93,7 +93,7 @@ class AdapterChurn:
 
     def _load(self, name: str, path: str) -> None:
         info = self._engine.load_adapter(name, path)
-        self._loaded[name] = AdapterRef(name, info.digest)
+        self._loaded[name] = info.ref
         self.paths[info.digest] = path
 
     def _unload(self, name: str) -> None:

@@ -14,7 +14,15 @@ from forkkv_cluster.bench.soak_ledger import Ask, Flight
 from forkkv_cluster.bench.soak_plan import SoakPlan
 from forkkv_cluster.core.clock import Clock
 from forkkv_cluster.core.prefix import TokenArray
-from forkkv_cluster.core.request import ContextRequest, GenerateRequest, Priority, SamplingParams, Sharing, WriterMode
+from forkkv_cluster.core.request import (
+    AdapterRef,
+    ContextRequest,
+    GenerateRequest,
+    Priority,
+    SamplingParams,
+    Sharing,
+    WriterMode,
+)
 from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
 from forkkv_cluster.core.session import Branch, BranchSpec, JoinWhat, Session
 
@@ -99,7 +107,7 @@ class Agents:
         if found is None:
             return None
         session, branch = found
-        appended = self._tokens(self._rng.randint(1, self._plan.max_append))
+        appended = self._input(branch.adapter)
         if len(branch.tokens) + len(appended) + self._plan.max_tokens > self._plan.max_branch:
             return None
         request = self._builder.turn(session, branch, appended, self._sampling(), self._envelope(session.tenant))
@@ -109,11 +117,11 @@ class Agents:
 
     def prompt(self) -> Ask:
         """A request without a session, isolated or with its own fork point."""
-        tokens = np.concatenate([self._document(), self._tokens(self._rng.randint(1, self._plan.max_append))]).astype(np.int32)
+        adapter = self._rng.choice([None, *self._adapters.refs])
+        tokens = np.concatenate([self._document(), self._input(adapter)]).astype(np.int32)
         choice = PromptSharing()
         if self._rng.random() < 0.5:
             choice = PromptSharing(self._rng.choice(_SHARED), self._rng.randint(0, len(tokens) - 1), "team")
-        adapter = self._rng.choice([None, *self._adapters.refs])
         return Ask(self._builder.prompt(tokens, adapter, choice, self._sampling(), self._envelope(self._tenant())))
 
     def sound_request(self) -> GenerateRequest:
@@ -174,6 +182,13 @@ class Agents:
         ]
         return self._rng.choice(idle) if idle else None
 
+    def _input(self, adapter: AdapterRef | None) -> TokenArray:
+        """What a request says. An aLoRA is invoked somewhere in it, now and then only by what came before, or not at all."""
+        tokens = self._tokens(self._rng.randint(1, self._plan.max_append))
+        if adapter is None or not adapter.invocation_tokens or self._rng.random() < 0.2:
+            return tokens
+        return np.insert(tokens, self._rng.randint(0, len(tokens)), adapter.invocation_tokens)
+
     def _tokens(self, num_tokens: int) -> TokenArray:
         limit = self._builder.model.vocab_size
         return np.asarray([self._rng.randrange(limit) for _ in range(num_tokens)], dtype=np.int32)
@@ -198,6 +213,7 @@ class Agents:
             lambda: SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(rng.sample(range(limit), min(limit, 40)))),
             lambda: SamplingParams(0.8, 40, 0.95, rng.randrange(2**31), max_tokens, logprobs=rng.choice((None, 0, 5))),
             lambda: SamplingParams(1.0, seed=rng.randrange(2**31), max_tokens=max_tokens, min_p=0.05, presence_penalty=0.5),
+            lambda: SamplingParams(max_tokens=max_tokens, prompt_logprobs=rng.choice((0, 3))),
             lambda: SamplingParams(max_tokens=max_tokens, repetition_penalty=1.1, logit_bias=((rng.randrange(limit), 5.0),)),
         ]
         if self._plan.guides:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from forkkv_cluster.core.errors import Cancelled, DeadlineExceeded, ForkKVError, Internal
 from forkkv_cluster.core.prefix import TokenArray
-from forkkv_cluster.core.request import ContextRequest, FinishReason, GenerateRequest, ModelInfo, TokenChunk
+from forkkv_cluster.core.request import ContextRequest, FinishReason, GenerateRequest, ModelInfo, PromptLogprobs, TokenChunk
 from forkkv_cluster.engine.outputs import StepOutput
 
 
@@ -37,6 +39,7 @@ class Flight:
 
     ask: Ask
     tokens: list[int] = field(default_factory=list)
+    scores: list[PromptLogprobs] = field(default_factory=list)
     is_aborted: bool = False
     is_interrupted: bool = False
     error: ForkKVError | None = None
@@ -44,6 +47,11 @@ class Flight:
     @property
     def request(self) -> GenerateRequest | ContextRequest:
         return self.ask.request
+
+    @property
+    def num_scored(self) -> int:
+        """Prompt tokens whose log probabilities have come."""
+        return sum(len(part.token_ids) for part in self.scores)
 
     @property
     def generated(self) -> list[int]:
@@ -54,13 +62,24 @@ class Flight:
         return [*(int(t) for t in request.tokens[-request.num_resumed :]), *self.tokens]
 
 
+def scored_positions(request: GenerateRequest | ContextRequest) -> range:
+    """Of the prompt tokens that come with a log probability: all after the first that the request runs itself."""
+    if isinstance(request, ContextRequest) or request.sampling.prompt_logprobs is None or request.num_resumed:
+        return range(0)
+    return range(1 + (request.context_len if request.adapter is not None else 0), request.num_prompt_tokens)
+
+
 class Ledger:
-    """Requests under way, and how many ended how. Raises SoakFailure at the first result that breaks a promise."""
+    """Requests under way, and how many ended how. Raises SoakFailure at the first result that breaks a promise.
+
+    num_scored   prompt tokens that came with a log probability
+    num_invoked  requests that an aLoRA finished
+    """
 
     def __init__(self, model: ModelInfo) -> None:
         self.live: dict[str, Flight] = {}
         self.ends: Counter[str] = Counter()
-        self.num_accepted = 0
+        self.num_accepted = self.num_scored = self.num_invoked = 0
         self._model = model
 
     def accept(self, ask: Ask) -> Flight:
@@ -74,6 +93,8 @@ class Ledger:
         ended = []
         for chunk in output.chunks:
             flight = self._find(chunk.request_id)
+            if chunk.prompt_logprobs is not None:
+                self._take_scores(flight, chunk.prompt_logprobs)
             flight.tokens += chunk.token_ids
             self._check_chunk(flight, chunk)
             if chunk.finish_reason is not None:
@@ -101,7 +122,20 @@ class Ledger:
     def _end(self, flight: Flight, name: str) -> Flight:
         del self.live[flight.request.request_id]
         self.ends[name] += 1
+        request = flight.request
+        if name == "finished" and isinstance(request, GenerateRequest) and request.invocation_start is not None:
+            self.num_invoked += 1
         return flight
+
+    def _take_scores(self, flight: Flight, part: PromptLogprobs) -> None:
+        """Parts are of the prompt's own tokens, one after the other, and all before the first generated one."""
+        request, here, done = flight.request, range(part.first, part.end), flight.num_scored
+        fits = len(here) > 0 and not flight.tokens and here == scored_positions(request)[done : done + len(here)]
+        if not fits or not np.array_equal(part.token_ids, request.tokens[part.first : part.end]):
+            raise SoakFailure("fit results", f"{request.request_id} got log probabilities of prompt tokens {here}, "
+                              f"after {done} of {scored_positions(request)}")  # fmt: skip
+        flight.scores.append(part)
+        self.num_scored += len(here)
 
     def _check_chunk(self, flight: Flight, chunk: TokenChunk) -> None:
         request, last = flight.request, chunk.finish_reason
@@ -109,6 +143,8 @@ class Ledger:
             if flight.tokens:
                 raise SoakFailure("fit results", f"context pass {request.request_id} generated {flight.tokens}")
             return
+        if chunk.token_ids and flight.num_scored != len(scored_positions(request)):
+            raise SoakFailure("fit results", f"{request.request_id} generates before its prompt is scored")
         limit = request.sampling.max_tokens - request.num_resumed
         if not all(0 <= token < self._model.vocab_size for token in chunk.token_ids):
             raise SoakFailure("fit results", f"{request.request_id} got {chunk.token_ids}, outside the vocabulary")

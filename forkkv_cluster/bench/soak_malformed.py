@@ -40,6 +40,8 @@ MALFORMED: tuple[tuple[str, Spoil, type[ForkKVError]], ...] = (
     ("no token to generate", lambda r, m: _sampling(r, max_tokens=0), InvalidArgument),
     ("a temperature below zero", lambda r, m: _sampling(r, temperature=-1.0), InvalidArgument),
     ("a bias on no token", lambda r, m: _sampling(r, logit_bias=((m.vocab_size, 1.0),)), InvalidArgument),
+    ("more alternatives for a prompt than there are", lambda r, m: _sampling(r, prompt_logprobs=21), InvalidArgument),
+    ("an invocation after the prompt", lambda r, m: replace(r, invocation_start=r.num_prompt_tokens), InvalidArgument),
     ("a fork point beyond the prompt", lambda r, m: replace(r, context_len=r.num_tokens + 1), InvalidArgument),
     ("nothing left to generate", lambda r, m: replace(r, num_resumed=r.sampling.max_tokens, context_len=0), InvalidArgument),
     ("blocks of another size", lambda r, m: _other_blocks(r), InvalidArgument),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from forkkv_cluster.bench.soak_ledger import Flight, SoakFailure
 from forkkv_cluster.core.ids import AdapterDigest
-from forkkv_cluster.core.request import GenerateRequest, SamplingParams, TokenLogprob
+from forkkv_cluster.core.request import GenerateRequest, PromptLogprobs, SamplingParams, TokenLogprob, joined_prompt_logprobs
 from forkkv_cluster.core.request_builder import RequestBuilder
 from forkkv_cluster.engine.engine import Engine
 
 MIN_MARGIN = 1e-3
 """Greedy tokens must agree where the two best logits differ by more than this (fp32)."""
+MAX_SCORE_GAP = 1e-3
+"""What a prompt token's log probability may differ by (fp32)."""
 
 
 def is_replayable(flight: Flight) -> bool:
@@ -22,8 +26,20 @@ def is_replayable(flight: Flight) -> bool:
         return False
     sampling = request.sampling
     return sampling == SamplingParams(
-        max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids, logprobs=sampling.logprobs
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
+
+
+@dataclass(slots=True)
+class _Alone:
+    """What came back from the empty engine."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    scores: list[PromptLogprobs] = field(default_factory=list)
 
 
 class Replay:
@@ -36,6 +52,7 @@ class Replay:
         self.num_requests = 0
         self.num_tokens = 0
         self.num_ties = 0
+        self.num_scored = 0
 
     def check(self, flight: Flight) -> None:
         """Raises SoakFailure for a token that differs where the margin is clear. A tie is taken as it fell, and counted."""
@@ -43,7 +60,10 @@ class Replay:
         if not isinstance(request, GenerateRequest):
             raise TypeError("a context pass generates nothing to compare")
         while done < len(wanted):
-            tokens, logprobs = self._run(request, wanted[:done])
+            alone = self._run(request, wanted[:done])
+            tokens, logprobs = alone.tokens, alone.logprobs
+            if done == 0:
+                self._check_scores(flight, alone)
             differs = next((i for i, pair in enumerate(zip(tokens, wanted[done:], strict=False)) if pair[0] != pair[1]), None)
             if differs is None and len(tokens) == len(wanted) - done:
                 break
@@ -55,7 +75,21 @@ class Replay:
         self.num_requests += 1
         self.num_tokens += len(wanted)
 
-    def _run(self, request: GenerateRequest, generated: Sequence[int]) -> tuple[list[int], list[TokenLogprob]]:
+    def _check_scores(self, flight: Flight, alone: _Alone) -> None:
+        """Of the prompt's tokens; a resumed request's were scored before it broke off, and not again."""
+        mine, theirs = joined_prompt_logprobs(flight.scores), joined_prompt_logprobs(alone.scores)
+        if mine is None:
+            return
+        if theirs is None or (mine.first, mine.end) != (theirs.first, theirs.end):
+            raise SoakFailure("outputs", f"{flight.request.request_id} was scored at other tokens when run alone")
+        differs = np.flatnonzero(~(np.abs(mine.logprobs - theirs.logprobs) <= MAX_SCORE_GAP))
+        if len(differs):
+            here, place = int(differs[0]), int(differs[0]) + mine.first
+            raise SoakFailure("outputs", f"{flight.request.request_id} scored prompt token {place} {mine.logprobs[here]:.4f}, "
+                              f"alone {theirs.logprobs[here]:.4f}")  # fmt: skip
+        self.num_scored += len(mine.logprobs)
+
+    def _run(self, request: GenerateRequest, generated: Sequence[int]) -> _Alone:
         """The rest of the output after ``generated``."""
         engine = self._fresh_engine()
         for ref in (request.adapter, request.writer):
@@ -64,16 +98,16 @@ class Replay:
         sampling = replace(request.sampling, logprobs=2)
         alone = replace(self._builder.resumed(request, generated, 1), deadline_s=None, sampling=sampling)
         engine.add_request(alone)
-        tokens: list[int] = []
-        logprobs: list[TokenLogprob] = []
+        result = _Alone()
         while engine.has_work:
             output = engine.step()
             if output.failures:
                 raise SoakFailure("outputs", f"{request.request_id} failed when run alone: {output.failures[0].error}")
             for chunk in output.chunks:
-                tokens += chunk.token_ids
-                logprobs += chunk.logprobs
-        return tokens, logprobs
+                result.tokens += chunk.token_ids
+                result.logprobs += chunk.logprobs
+                result.scores += [chunk.prompt_logprobs] if chunk.prompt_logprobs is not None else []
+        return result
 
 
 def _margin(logprobs: Sequence[TokenLogprob], place: int) -> float:

@@ -18,12 +18,15 @@ from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig, parse_con
 from forkkv_cluster.core.request import Guide, GuideKind
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.testing.manual_clock import ManualClock
-from forkkv_cluster.testing.tiny_models import ADAPTER_NAMES, TinyKit, TinyModelSpec, build_tiny_kit
+from forkkv_cluster.testing.tiny_models import ADAPTER_NAMES, TinyKit, TinyModelSpec, build_tiny_kit, save_alora_adapter
 
 WARM_UP = 0.2
 """Share of the run that memory is not judged by."""
 MIN_ROUNDS_FOR_COVERAGE = 3000
 GUIDES = (Guide(GuideKind.REGEX, "[a-z]{1,12}"), Guide(GuideKind.JSON_SCHEMA, '{"type": "integer"}'))
+
+INVOCATION = (41, 42, 41)
+"""Of the aLoRA: it overlaps with itself."""
 
 SPEC = TinyModelSpec(
     hidden_size=64, intermediate_size=128, num_layers=2, head_dim=16, vocab_size=2048, max_position=4096, adapter_strength=0.5
@@ -101,6 +104,8 @@ class SoakRun:
             "requests expired": self.driver.ledger.ends["expired"],
             "refusals for overload": self.driver.actions["refused: overload"],
             "refusals for an adapter that is gone": self.driver.actions["refused: adapter is gone"],
+            "requests by an invoked aLoRA": self.driver.ledger.num_invoked,
+            "prompts scored": self.driver.ledger.num_scored,
             "outputs compared": self.driver.replay.num_tokens,
         }
         if missing := [name for name, count in happened.items() if not count]:
@@ -118,17 +123,24 @@ class SoakRun:
             "elapsed_s": self.elapsed_s,
             "num_rounds": driver.num_rounds,
             "num_accepted": driver.ledger.num_accepted,
+            "num_invoked": driver.ledger.num_invoked,
+            "num_scored": driver.ledger.num_scored,
             "ends": dict(sorted(driver.ledger.ends.items())),
             "actions": dict(sorted(driver.actions.items())),
             "checks": dict(sorted(driver.checks.items())),
-            "outputs": {"requests": replay.num_requests, "tokens": replay.num_tokens, "ties": replay.num_ties},
+            "outputs": {
+                "requests": replay.num_requests,
+                "tokens": replay.num_tokens,
+                "ties": replay.num_ties,
+                "prompt_tokens": replay.num_scored,
+            },
             "counters": asdict(driver.engine.status().counters),
             "process": self.watch.to_json(),
         }
 
 
 def make_run(options: SoakOptions, directory: Path) -> SoakRun:
-    """The driver over the demo model, built into ``directory``. Each adapter's name has two contents."""
+    """The driver over the demo model, built into ``directory``. Each adapter's name has two contents, one's is an aLoRA."""
     kit = build_tiny_kit(directory / "kit", num_adapters=2 * len(ADAPTER_NAMES), spec=SPEC)
     config = _config(kit, options.kv_bytes, options.page_size, SchedulerConfig(
         max_num_seqs=16, max_num_batched_tokens=96, max_num_waiting=24))  # fmt: skip
@@ -137,6 +149,8 @@ def make_run(options: SoakOptions, directory: Path) -> SoakRun:
     clock = ManualClock()
     contents = {name: (str(kit.adapter_dirs[name]), str(kit.adapter_dirs[f"{name}-2"])) for name in ADAPTER_NAMES}
     contents["twin"] = contents[ADAPTER_NAMES[0]]
+    alora = save_alora_adapter(kit.model_dir, directory / "alora", INVOCATION)
+    contents["checker"] = (str(alora), contents[ADAPTER_NAMES[1]][0])
     plan = SoakPlan(contents, options.page_size, GUIDES)
     driver = SoakDriver(
         Engine.from_config(config, clock), config.scheduler, lambda: Engine.from_config(alone), plan, clock, options.seed

@@ -21,7 +21,7 @@ def status(
     token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
-    """Show the model, every worker with its KV memory, whose it is and what sharing saves, sessions and adapters."""
+    """Show the model, every worker with its KV memory, whose it is and what sharing saves, where adapters are, sessions."""
     with errors_for_people(), ForkKVClient(address, token=token, timeout_s=10.0) as client:
         found = client.status()
     if as_json:
@@ -31,6 +31,7 @@ def status(
     console.print(_headline(found))
     console.print(worker_table(found))
     console.print(memory_table(found))
+    console.print(adapter_table(found))
     console.print(_footer(found))
 
 
@@ -79,6 +80,31 @@ def memory_table(found: Status) -> Table:
             f"{size(engine.host_bytes_held)} of {size(engine.host_bytes_total)}" if engine.host_bytes_total else "none",
             f"{size(counters.swapped_out_bytes)}/{size(counters.swapped_in_bytes)}",
             *(_largest(engine, kind) for kind in ("tenant", "adapter", "session")),
+        )
+    return table
+
+
+def adapter_table(found: Status) -> Table:
+    """One row a worker: where the weights of the adapters that it knows are, and the KV memory that their whole keys borrow.
+
+    ``slots`` are of the device, taken and in all, ``in use`` those that sequences hold; ``reads`` are from disk since the
+    worker started, registrations not included.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in ("worker", "known", "slots", "in use", "device", "on host", "host", "reads", "merged keys"):
+        table.add_column(name, no_wrap=True)
+    for worker in found.cluster.workers:
+        memory = worker.engine.adapter_memory
+        table.add_row(
+            worker.worker_id.removeprefix("worker-"),
+            str(memory.num_registered),
+            f"{memory.num_on_device}/{memory.max_on_device}",
+            str(memory.num_pinned),
+            size(memory.device_bytes),
+            str(memory.num_on_host),
+            size(memory.host_bytes),
+            str(memory.disk_loads),
+            size(worker.engine.merged_bytes_held),
         )
     return table
 

@@ -32,6 +32,7 @@ from forkkv_cluster.core.request import (
 )
 from forkkv_cluster.core.session import BranchSpec, JoinWhat
 from forkkv_cluster.core.status import (
+    AdapterMemoryStatus,
     ClusterStatus,
     DirectoryStatus,
     EngineCounters,
@@ -391,6 +392,10 @@ def _read_worker(message: cluster_pb2.WorkerStatus, model: ModelInfo) -> WorkerS
         host_bytes_held=message.host_bytes_held,
         sharing_saved_bytes=message.sharing_saved_bytes,
         holdings=tuple(Holding(held.kind, held.name, held.num_bytes) for held in message.holdings),
+        adapter_memory=AdapterMemoryStatus(
+            **{name: getattr(message.adapter_memory, name) for name in AdapterMemoryStatus.__slots__}
+        ),
+        merged_bytes_held=message.merged_bytes_held,
     )
     return WorkerStatus(
         worker_id=message.worker_id,

@@ -85,6 +85,7 @@ class EngineStatus:
 
     host_bytes_*: the host tier, 0 where there is none. sharing_saved_bytes: what caches of each adapter's own would need
     for the blocks over which adapters have residuals, less what is held for them (below 0 for a single adapter's).
+    merged_bytes_held: KV memory that nobody else needs now, borrowed for adapters' whole keys; in neither of the two above.
     """
 
     num_running: int
@@ -101,6 +102,7 @@ class EngineStatus:
     sharing_saved_bytes: int = 0
     holdings: tuple[Holding, ...] = ()
     adapter_memory: AdapterMemoryStatus = field(default_factory=AdapterMemoryStatus)
+    merged_bytes_held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

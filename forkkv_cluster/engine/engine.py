@@ -406,6 +406,7 @@ class Engine:
             host_bytes_held=host.bytes_held if host is not None else 0,
             sharing_saved_bytes=self._kv.holdings.shared_savings,
             holdings=self._holdings(),
+            merged_bytes_held=self._kv.merged_bytes_held,
         )
 
     def _holdings(self) -> tuple[Holding, ...]:

@@ -21,7 +21,7 @@ from forkkv_cluster.core.request import (
     TokenLogprob,
 )
 from forkkv_cluster.core.session import Branch, BranchSpec, JoinWhat, Session
-from forkkv_cluster.core.status import ClusterStatus, DirectoryStatus, EngineCounters, WorkerStatus
+from forkkv_cluster.core.status import AdapterMemoryStatus, ClusterStatus, DirectoryStatus, EngineCounters, WorkerStatus
 from forkkv_cluster.gateway.commands import (
     BranchTarget,
     CreateSessionCommand,
@@ -327,12 +327,19 @@ def _write_worker(worker: WorkerStatus) -> cluster_pb2.WorkerStatus:
         host_bytes_held=engine.host_bytes_held,
         sharing_saved_bytes=engine.sharing_saved_bytes,
         holdings=[cluster_pb2.Holding(kind=held.kind, name=held.name, num_bytes=held.num_bytes) for held in engine.holdings],
+        adapter_memory=_write_adapter_memory(engine.adapter_memory),
+        merged_bytes_held=engine.merged_bytes_held,
     )
 
 
 def _write_counters(counters: EngineCounters) -> cluster_pb2.EngineCounters:
     # The message has exactly the fields of the dataclass; a test holds the two together.
     return cluster_pb2.EngineCounters(**{name: getattr(counters, name) for name in EngineCounters.__slots__})
+
+
+def _write_adapter_memory(memory: AdapterMemoryStatus) -> cluster_pb2.AdapterMemoryStatus:
+    # Field by field the same, as with the counters.
+    return cluster_pb2.AdapterMemoryStatus(**{name: getattr(memory, name) for name in AdapterMemoryStatus.__slots__})
 
 
 def _write_directory(directory: DirectoryStatus) -> cluster_pb2.DirectoryStatus:

@@ -58,7 +58,8 @@ def _hit_tokens(status: ClusterStatus) -> Iterator[Sample]:
 
 def _kv_bytes(status: ClusterStatus) -> Iterator[Sample]:
     for worker in status.workers:
-        held = {"base": worker.engine.base_bytes_held, "residual": worker.engine.residual_bytes_held}
+        engine = worker.engine
+        held = {"base": engine.base_bytes_held, "residual": engine.residual_bytes_held, "merged": engine.merged_bytes_held}
         yield from (((worker.worker_id, kind), float(count)) for kind, count in held.items())
 
 
@@ -71,6 +72,31 @@ def _host_bytes(status: ClusterStatus) -> Iterator[Sample]:
     for worker in status.workers:
         yield (worker.worker_id, "held"), float(worker.engine.host_bytes_held)
         yield (worker.worker_id, "total"), float(worker.engine.host_bytes_total)
+
+
+def _adapters(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        memory = worker.engine.adapter_memory
+        adapters = {"registered": memory.num_registered, "host": memory.num_on_host, "device": memory.num_on_device}
+        yield from (((worker.worker_id, tier), float(count)) for tier, count in adapters.items())
+
+
+def _adapter_slots(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        memory = worker.engine.adapter_memory
+        slots = {
+            "pinned": memory.num_pinned,
+            "idle": memory.num_on_device - memory.num_pinned,
+            "loading": memory.num_loading,
+            "free": memory.max_on_device - memory.num_on_device - memory.num_loading,
+        }
+        yield from (((worker.worker_id, state), float(count)) for state, count in slots.items())
+
+
+def _adapter_bytes(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        yield (worker.worker_id, "device"), float(worker.engine.adapter_memory.device_bytes)
+        yield (worker.worker_id, "host"), float(worker.engine.adapter_memory.host_bytes)
 
 
 def _swapped(read: Callable[[EngineCounters], tuple[int, int]]) -> Callable[[ClusterStatus], Iterator[Sample]]:
@@ -113,7 +139,13 @@ CLUSTER_METRICS: tuple[ClusterMetric, ...] = (
     ),
     ClusterMetric("forkkv_pool_pages", "gauge", ("worker", "pool", "state"), "Pages by pool and state.", _pool_pages),
     ClusterMetric("forkkv_kv_capacity_bytes", "gauge", _W, "KV memory.", _of_workers(lambda w: w.engine.kv_bytes_total)),
-    ClusterMetric("forkkv_kv_held_bytes", "gauge", ("worker", "kv"), "KV memory in use, cached pages included.", _kv_bytes),
+    ClusterMetric(
+        "forkkv_kv_held_bytes",
+        "gauge",
+        ("worker", "kv"),
+        "KV memory in use, cached pages included; merged is lent to adapters' whole keys while nobody else needs it.",
+        _kv_bytes,
+    ),
     ClusterMetric(
         "forkkv_kv_owned_bytes",
         "gauge",
@@ -129,6 +161,40 @@ CLUSTER_METRICS: tuple[ClusterMetric, ...] = (
         _of_workers(lambda w: w.engine.sharing_saved_bytes),
     ),
     ClusterMetric("forkkv_host_bytes", "gauge", ("worker", "state"), "Host tier: memory held, and in all.", _host_bytes),
+    ClusterMetric(
+        "forkkv_adapters", "gauge", ("worker", "tier"), "Adapters registered, in host memory and on the device.", _adapters
+    ),
+    ClusterMetric(
+        "forkkv_adapter_slots", "gauge", ("worker", "state"), "Device slots for adapters by what is in them.", _adapter_slots
+    ),
+    ClusterMetric(
+        "forkkv_adapter_bytes",
+        "gauge",
+        ("worker", "tier"),
+        "Weights of adapters on the device and in host memory.",
+        _adapter_bytes,
+    ),
+    ClusterMetric(
+        "forkkv_adapter_host_capacity_bytes",
+        "gauge",
+        _W,
+        "Host memory that weights of adapters may take.",
+        _of_workers(lambda w: w.engine.adapter_memory.max_host_bytes),
+    ),
+    ClusterMetric(
+        "forkkv_adapter_disk_loads",
+        "counter",
+        _W,
+        "Adapters read from disk again, registrations not included.",
+        _of_workers(lambda w: w.engine.adapter_memory.disk_loads),
+    ),
+    ClusterMetric(
+        "forkkv_adapter_evictions",
+        "counter",
+        _W,
+        "Adapters that left their device slot for others.",
+        _of_workers(lambda w: w.engine.adapter_memory.device_evictions),
+    ),
     ClusterMetric(
         "forkkv_swapped_pages",
         "counter",

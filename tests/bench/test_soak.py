@@ -32,7 +32,7 @@ from forkkv_cluster.engine.outputs import Failure, StepOutput
 from forkkv_cluster.engine.torch_runner import TorchRunner
 from forkkv_cluster.testing.fake_model_runner import FakeModelRunner, FakeSample
 from forkkv_cluster.testing.manual_clock import ManualClock
-from forkkv_cluster.testing.tiny_models import TinyKit
+from forkkv_cluster.testing.tiny_models import TinyKit, save_alora_adapter
 from tests.engine.recurrence import expected_tokens
 
 PAGE_SIZE = 4
@@ -41,6 +41,7 @@ SCHEDULER = SchedulerConfig(max_num_seqs=12, max_num_batched_tokens=48, max_num_
 CONTENTS = {name: (f"fake:{name}:8", f"fake:{name}-retrained:16") for name in ("a", "b", "c")} | {
     "d": ("fake:d:0",),
     "twin": ("fake:a:8",),
+    "v": ("fake:v:8:5,6", "fake:v-retrained:16"),
 }
 PLAN = SoakPlan(CONTENTS, PAGE_SIZE, max_context=24, max_append=6, max_branch=80, max_tokens=32, max_live=24, replays=4)
 
@@ -75,6 +76,9 @@ def test_hundreds_of_rounds_keep_every_promise(seed: int):
         min(made.actions[name] for name in ("refused: overload", "refused: adapter is gone", "reload an adapter", "join")) > 0
     )
     assert made.replay.num_requests == 4 * 4
+    assert made.ledger.num_invoked > 10
+    assert made.ledger.num_scored > 100
+    assert made.replay.num_scored > 0
 
 
 def test_a_seed_repeats_its_run():
@@ -87,10 +91,11 @@ def test_a_seed_repeats_its_run():
     assert story(5) != story(6)
 
 
-def test_the_real_model_answers_in_the_crowd_as_it_does_alone(tiny_kit: TinyKit):
+def test_the_real_model_answers_in_the_crowd_as_it_does_alone(tiny_kit: TinyKit, tmp_path: Path):
     names = ("planner", "critic", "tester", "coder")
     contents = {name: (str(tiny_kit.adapter_dirs[name]), str(tiny_kit.adapter_dirs["reader"])) for name in names}
-    plan = SoakPlan(contents, 16, max_context=60, max_append=20, max_branch=120, max_tokens=24, replays=6)
+    contents["checker"] = (str(save_alora_adapter(tiny_kit.model_dir, tmp_path / "checker", [41, 42, 41])),)
+    plan = SoakPlan(contents, 16, max_context=60, max_append=20, max_branch=120, max_tokens=24, replays=10)
     clock = ManualClock()
 
     def engine(num_slabs: int, scheduler: SchedulerConfig) -> Engine:
@@ -101,6 +106,8 @@ def test_the_real_model_answers_in_the_crowd_as_it_does_alone(tiny_kit: TinyKit)
     made = SoakDriver(engine(24, scheduler), scheduler, lambda: engine(60, SchedulerConfig()), plan, clock, seed=2)
     run(made, 60, settle_every=60)
     assert made.replay.num_tokens > 20
+    assert made.replay.num_scored > 0
+    assert made.ledger.num_invoked > 0
     assert made.engine.status().counters.evictions > 0
 
 
@@ -129,6 +136,10 @@ def end_twice(made: SoakDriver) -> None:
 
 def lose_events(made: SoakDriver) -> None:
     every_step(made, lambda output: replace(output, events=output.events[1:]))
+
+
+def lose_scores(made: SoakDriver) -> None:
+    every_step(made, lambda output: replace(output, chunks=tuple(replace(c, prompt_logprobs=None) for c in output.chunks)))
 
 
 def leak_a_lease(made: SoakDriver) -> None:
@@ -192,6 +203,17 @@ def say_other_tokens(made: SoakDriver) -> None:
     runner.run = other
 
 
+def score_other_tokens(made: SoakDriver) -> None:
+    runner: Any = made.engine._runner
+    answer = runner.run
+
+    def other(batch: Any, sampling: Any) -> Any:
+        result = answer(batch, sampling)
+        return replace(result, scores=replace(result.scores, logprobs=result.scores.logprobs - 0.5))
+
+    runner.run = other
+
+
 def starve(made: SoakDriver) -> None:
     error = ResourceExhausted("starved", 1.0)
     every_step(made, lambda output: replace(output, failures=tuple(Failure(f.request_id, error) for f in output.failures)))
@@ -205,6 +227,7 @@ FAULTS: dict[Callable[[SoakDriver], None], str] = {
     lose_a_finish: "one terminal result|cancelled within one step|deadlines",
     lose_a_failure: "cancelled within one step|deadlines",
     end_twice: "one terminal result|fit results",
+    lose_scores: "fit results",
     lose_events: "events",
     leak_a_lease: "idle engine",
     leak_a_page: "invariants",
@@ -215,6 +238,7 @@ FAULTS: dict[Callable[[SoakDriver], None], str] = {
     refuse_the_sound: "refusals",
     break_a_step: "the engine runs on",
     say_other_tokens: "outputs",
+    score_other_tokens: "outputs",
     starve: "fit results",
     stop_short: "fit results",
 }

@@ -12,14 +12,32 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from forkkv_cluster.__main__ import banner, cli, merged_config, parse_adapter
-from forkkv_cluster.cli.status import memory_table, worker_table
-from forkkv_cluster.client import Status
+from forkkv_cluster.cli.status import adapter_table, memory_table, worker_table
+from forkkv_cluster.client import ForkKVClient, Status
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.request import ModelInfo
-from forkkv_cluster.core.status import ClusterStatus, EngineCounters, EngineStatus, Holding, WorkerStatus
+from forkkv_cluster.core.status import AdapterMemoryStatus, ClusterStatus, EngineCounters, EngineStatus, Holding, WorkerStatus
 
 runner = CliRunner()
+
+MEMORY = AdapterMemoryStatus(
+    num_registered=10_000,
+    max_on_device=1024,
+    num_on_device=999,
+    num_pinned=512,
+    device_bytes=1000 * 2**20,
+    num_on_host=1200,
+    host_bytes=1023 * 2**20,
+    max_host_bytes=2**30,
+    disk_loads=54_321,
+)
+"""As wide as it gets."""
+
+
+def status_of(engine: EngineStatus) -> Status:
+    model = ModelInfo("m", "d", 8, 8, 8, "float32")
+    return Status(ClusterStatus("1", (WorkerStatus("worker-0123abcd", 1, 42, "cpu", model, engine),), None, 0, 0), model)
 
 
 def test_the_printed_configuration_is_the_default_one() -> None:
@@ -62,12 +80,10 @@ def test_status_shows_whose_memory_it_is_the_largest_first() -> None:
     holdings = tuple(Holding("tenant", name, 1024 * count) for name, count in [("a", 9), ("b", 8), ("", 7), ("d", 1), ("e", 1)])
     counters = EngineCounters(useful_hit_tokens=77, swapped_out_bytes=2048, swapped_in_bytes=1024)
     engine = EngineStatus(0, 0, 0, 1, 1, 1, (), counters, (), 4096, 2048, -512, holdings)
-    model = ModelInfo("m", "d", 8, 8, 8, "float32")
-    worker = WorkerStatus("worker-1", 1, 42, "cpu", model, engine)
-    table = memory_table(Status(ClusterStatus("1", (worker,), None, 0, 0), model))
+    table = memory_table(status_of(engine))
     cells = [next(iter(column.cells)) for column in table.columns]
     assert cells == [
-        "worker-1",
+        "worker-0123abcd",
         "-512 B, 77 tokens",
         "2.0 KiB of 4.0 KiB",
         "2.0 KiB/1.0 KiB",
@@ -75,6 +91,24 @@ def test_status_shows_whose_memory_it_is_the_largest_first() -> None:
         "none",
         "none",
     ]
+
+
+def test_status_shows_where_adapters_are_and_what_whole_keys_borrow_in_eighty_columns() -> None:
+    engine = EngineStatus(0, 0, 0, 1, 1, 1, (), EngineCounters(), adapter_memory=MEMORY, merged_bytes_held=1022 * 2**20)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(adapter_table(status_of(engine)))
+    row = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    cells = "0123abcd 10000 999/1024 512 1000.0 MiB 1200 1023.0 MiB 54321 1022.0 MiB"
+    assert row.split() == cells.split()
+
+
+def test_status_as_json_has_every_field_of_adapter_memory_and_merged_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineStatus(0, 0, 0, 1, 1, 1, (), EngineCounters(), adapter_memory=MEMORY, merged_bytes_held=4096)
+    monkeypatch.setattr(ForkKVClient, "status", lambda client: status_of(engine))
+    result = runner.invoke(cli, ["status", "--json"])
+    found = json.loads(result.stdout)["cluster"]["workers"][0]["engine"]
+    assert found["adapter_memory"] == {name: getattr(MEMORY, name) for name in AdapterMemoryStatus.__slots__}
+    assert found["merged_bytes_held"] == 4096
 
 
 @pytest.mark.parametrize("text", ["planner", "=dir", "planner=", ""])

@@ -180,6 +180,17 @@ def test_an_idle_engine_holds_no_pins_and_every_page_is_free_or_cached(fake: Fak
     assert all(pool.num_free + pool.num_cached == pool.num_total for pool in status.pools)
 
 
+def test_a_status_says_what_the_whole_keys_of_a_long_answer_borrow() -> None:
+    fake = FakeEngine()
+    assert fake.engine.status().merged_bytes_held == 0
+    fake.add(fake.request(CONTEXT, [1], "a8", max_tokens=64))
+    for _ in range(8):
+        fake.step()
+    status = fake.engine.status()
+    borrowed = {pool.name: pool.num_total * pool.page_bytes for pool in status.pools}
+    assert status.merged_bytes_held == borrowed["merged-keys"] > 0
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5])
 def test_a_cancelled_request_gives_back_all_that_it_held(fake: FakeEngine, num_steps: int) -> None:
     request_id = fake.add(fake.request(CONTEXT, [1], "a8", max_tokens=50))

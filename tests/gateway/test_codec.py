@@ -15,6 +15,7 @@ from forkkv_cluster.core.errors import InvalidArgument, NotFound
 from forkkv_cluster.core.request import FinishReason, Guide, GuideKind, PrefixUsage, Priority, Sharing, TokenLogprob, WriterMode
 from forkkv_cluster.core.session import BranchSpec, JoinWhat, Session
 from forkkv_cluster.core.status import (
+    AdapterMemoryStatus,
     ClusterStatus,
     DirectoryStatus,
     EngineCounters,
@@ -165,7 +166,9 @@ def test_a_status_comes_back_as_written() -> None:
     counters = EngineCounters(*range(1, 1 + len(EngineCounters.__slots__)))
     pools = (PoolStatus("base", 1024, 10, 5, 3, 2),)
     holdings = (Holding("tenant", "acme", 2**40), Holding("session", "s", 3))
-    engine = EngineStatus(1, 2, 3, 4, 5, 6, pools, counters, (adapter_info("planner"),), 2**40, 7, -8, holdings)
+    memory = AdapterMemoryStatus(*range(2**40, 2**40 + len(AdapterMemoryStatus.__slots__)))
+    infos = (adapter_info("planner"),)
+    engine = EngineStatus(1, 2, 3, 4, 5, 6, pools, counters, infos, 2**40, 7, -8, holdings, memory, 2**41)
     worker = WorkerStatus("worker-1", 2**60, 42, "cpu", MODEL, engine, 7, ("request-1",))
     directory = DirectoryStatus("incarnation", 1, 2, 3, 4)
     status = ClusterStatus("1.0", (worker,), directory, 5, 6, (adapter_info("planner"),))

@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from forkkv_cluster.core.request import ModelInfo
 from forkkv_cluster.core.status import (
+    AdapterMemoryStatus,
     ClusterStatus,
     DirectoryStatus,
     EngineCounters,
@@ -30,6 +31,9 @@ UNITS = (
     "_workers",
     "_sessions",
     "_branches",
+    "_adapters",
+    "_slots",
+    "_loads",
     "_up",
 )
 
@@ -50,6 +54,20 @@ def cluster(directory: DirectoryStatus | None = None) -> ClusterStatus:
         host_bytes_held=128,
         sharing_saved_bytes=-3,
         holdings=(Holding("tenant", "acme", 600), Holding("adapter", "planner", 10)),
+        adapter_memory=AdapterMemoryStatus(
+            num_registered=100,
+            max_on_device=8,
+            num_on_device=5,
+            num_pinned=3,
+            num_loading=1,
+            device_bytes=500,
+            num_on_host=20,
+            host_bytes=2000,
+            max_host_bytes=4000,
+            disk_loads=31,
+            device_evictions=17,
+        ),
+        merged_bytes_held=192,
     )
     worker = WorkerStatus("worker-1", 1, 42, "cpu", ModelInfo("m", "d", 8, 8, 8, "float32"), engine, events_published=5)
     return ClusterStatus("0.1.0", (worker,), directory, num_sessions=4, num_branches=9)
@@ -82,6 +100,22 @@ def test_a_status_says_whose_memory_it_is_and_what_sharing_and_the_host_tier_do(
     assert found["forkkv_sharing_saved_bytes", (worker,)] == -3
     assert found["forkkv_host_bytes", (("state", "held"), worker)] == 128
     assert found["forkkv_swapped_pages_total", (("direction", "in"), worker)] == 6
+
+
+def test_a_status_says_where_adapters_are_and_what_their_whole_keys_borrow() -> None:
+    found = samples(render(cluster(), GatewayMetrics()))
+    worker = ("worker", "worker-1")
+
+    def by(name: str, label: str) -> dict[str, float]:
+        return {dict(labels)[label]: value for (sample, labels), value in found.items() if sample == name}
+
+    assert by("forkkv_adapters", "tier") == {"registered": 100, "host": 20, "device": 5}
+    assert by("forkkv_adapter_slots", "state") == {"pinned": 3, "idle": 2, "loading": 1, "free": 2}
+    assert by("forkkv_adapter_bytes", "tier") == {"device": 500, "host": 2000}
+    assert found["forkkv_adapter_host_capacity_bytes", (worker,)] == 4000
+    assert found["forkkv_adapter_disk_loads_total", (worker,)] == 31
+    assert found["forkkv_adapter_evictions_total", (worker,)] == 17
+    assert found["forkkv_kv_held_bytes", (("kv", "merged"), worker)] == 192
 
 
 def test_a_directory_that_is_away_reads_as_down() -> None:

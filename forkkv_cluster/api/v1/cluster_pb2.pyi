@@ -93,8 +93,34 @@ class Holding(_message.Message):
     num_bytes: int
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
+class AdapterMemoryStatus(_message.Message):
+    __slots__ = ("num_registered", "max_on_device", "num_on_device", "num_pinned", "num_loading", "device_bytes", "num_on_host", "host_bytes", "max_host_bytes", "disk_loads", "device_evictions")
+    NUM_REGISTERED_FIELD_NUMBER: _ClassVar[int]
+    MAX_ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PINNED_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADING_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ON_HOST_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_LOADS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    num_registered: int
+    max_on_device: int
+    num_on_device: int
+    num_pinned: int
+    num_loading: int
+    device_bytes: int
+    num_on_host: int
+    host_bytes: int
+    max_host_bytes: int
+    disk_loads: int
+    device_evictions: int
+    def __init__(self, num_registered: _Optional[int] = ..., max_on_device: _Optional[int] = ..., num_on_device: _Optional[int] = ..., num_pinned: _Optional[int] = ..., num_loading: _Optional[int] = ..., device_bytes: _Optional[int] = ..., num_on_host: _Optional[int] = ..., host_bytes: _Optional[int] = ..., max_host_bytes: _Optional[int] = ..., disk_loads: _Optional[int] = ..., device_evictions: _Optional[int] = ...) -> None: ...
+
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "pid", "device", "num_running", "num_waiting", "num_pinned_pages", "kv_bytes_total", "base_bytes_held", "residual_bytes_held", "pools", "counters", "events_published", "busy_request_ids", "adapters", "host_bytes_total", "host_bytes_held", "sharing_saved_bytes", "holdings")
+    __slots__ = ("worker_id", "epoch", "pid", "device", "num_running", "num_waiting", "num_pinned_pages", "kv_bytes_total", "base_bytes_held", "residual_bytes_held", "pools", "counters", "events_published", "busy_request_ids", "adapters", "host_bytes_total", "host_bytes_held", "sharing_saved_bytes", "holdings", "adapter_memory", "merged_bytes_held")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +140,8 @@ class WorkerStatus(_message.Message):
     HOST_BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
     SHARING_SAVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOLDINGS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    MERGED_BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     pid: int
@@ -133,7 +161,9 @@ class WorkerStatus(_message.Message):
     host_bytes_held: int
     sharing_saved_bytes: int
     holdings: _containers.RepeatedCompositeFieldContainer[Holding]
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pinned_pages: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., base_bytes_held: _Optional[int] = ..., residual_bytes_held: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., events_published: _Optional[int] = ..., busy_request_ids: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.Adapter, _Mapping]]] = ..., host_bytes_total: _Optional[int] = ..., host_bytes_held: _Optional[int] = ..., sharing_saved_bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ...) -> None: ...
+    adapter_memory: AdapterMemoryStatus
+    merged_bytes_held: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pinned_pages: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., base_bytes_held: _Optional[int] = ..., residual_bytes_held: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., events_published: _Optional[int] = ..., busy_request_ids: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.Adapter, _Mapping]]] = ..., host_bytes_total: _Optional[int] = ..., host_bytes_held: _Optional[int] = ..., sharing_saved_bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., adapter_memory: _Optional[_Union[AdapterMemoryStatus, _Mapping]] = ..., merged_bytes_held: _Optional[int] = ...) -> None: ...
 
 class DirectoryStatus(_message.Message):
     __slots__ = ("incarnation", "version", "num_workers", "num_base_blocks", "num_residual_blocks")
