@@ -123,6 +123,10 @@ class KVCacheManager:
 
     # --- merged keys ------------------------------------------------------------------------------------------------
 
+    def start_merged_step(self) -> None:
+        """``use_merged_keys`` is about to be called for the turns of a new step."""
+        self._memory.merged.start_step()
+
     def use_merged_keys(self, lease: SequenceLease, is_worth_making: bool) -> None:
         """Set ``lease.merged_keys`` for the step that is about to run: no allocation may come between the two."""
         entry = lease.residual_pin

@@ -41,13 +41,14 @@ class KVMemory:
     def allocate(self, page_class: PageClass, num_pages: int) -> list[int] | None:
         """``num_pages`` pages, taking back merged keys and then evicting the least recently used as needed; None when pinned
         pages leave no room."""
-        while True:
-            pages = self.pool.allocate(page_class, num_pages)
-            if pages is not None:
-                self._note_peaks()
-                return pages
+        # Counted, not tried: on a full pool, trying again after each of thousands of evictions took seconds.
+        while self.pool.num_allocatable(page_class) < num_pages:
             if not self.merged.give_back() and not self.tree.evict_oldest():
                 return None
+        pages = self.pool.allocate(page_class, num_pages)
+        if pages is not None:
+            self._note_peaks()
+        return pages
 
     def free(self, page_class: PageClass, pages: list[int]) -> None:
         self.pool.free(page_class, pages)

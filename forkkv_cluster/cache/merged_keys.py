@@ -19,6 +19,10 @@ from forkkv_cluster.cache.page_pool import PagePool
 from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.ids import BlockHash
 
+IDLE_STEPS = 64
+"""Steps for which a run was not used before another may take its place: sooner, a working set that is larger than the memory
+would be written anew in every step."""
+
 MIN_FREE_SHARE = 16
 """One slab in so many stays free, so that the next request finds room without taking anything back."""
 
@@ -58,6 +62,7 @@ class _SlabRun:
 class _Entry:
     run: MergedRun
     slabs: _SlabRun
+    last_step: int
     is_written: bool = False
 
 
@@ -71,7 +76,8 @@ class MergedKeys:
         self._min_free = -(-pool.num_slabs // MIN_FREE_SHARE)
         self._entries: OrderedDict[MergedIdentity, _Entry] = OrderedDict()  # least recently used first
         self._runs: list[_SlabRun] = []
-        self._unwritten: list[_Entry] = []
+        self._asked: list[_Entry] = []  # of this step, those that it writes
+        self._step = 0
 
     @property
     def num_slabs(self) -> int:
@@ -92,25 +98,31 @@ class MergedKeys:
             and taken == {run.first for run in self._runs}
         )
 
+    def start_step(self) -> None:
+        """What follows is asked for another step; what an earlier one asked for and did not write stays unwritten."""
+        self._step += 1
+        self._asked.clear()
+
     def use(self, identity: MergedIdentity, num_tokens: int, is_worth_making: bool) -> MergedUse | None:
         """K of these tokens; None where it is not there and not worth making, or there is no memory to spare for it."""
         entry = self._entries.get(identity)
-        if entry is None and not is_worth_making:
-            return None
-        if entry is None:
+        if entry is None and is_worth_making:
             entry = self._claim(num_tokens)
-            if entry is None:
-                return None
-            self._entries[identity] = entry
-            self._unwritten.append(entry)
+            if entry is not None:
+                self._entries[identity] = entry
+        if entry is None:
+            return None
+        if not entry.is_written:
+            self._asked.append(entry)
+        entry.last_step = self._step
         self._entries.move_to_end(identity)
         return MergedUse(entry.run, entry.is_written)
 
     def note_written(self) -> None:
-        """The step that was to write what it asked for has run."""
-        for entry in self._unwritten:
+        """The step has run all layers: what it asked for is written."""
+        for entry in self._asked:
             entry.is_written = True
-        self._unwritten.clear()
+        self._asked.clear()
 
     def give_back(self) -> bool:
         """Give the least recently used run of slabs back to the pool; False when none is borrowed."""
@@ -119,7 +131,7 @@ class MergedKeys:
         slabs = next(iter(self._entries.values())).slabs
         for identity in [i for i, entry in self._entries.items() if entry.slabs is slabs]:
             del self._entries[identity]
-        self._unwritten = [entry for entry in self._unwritten if entry.slabs is not slabs]
+        self._asked = [entry for entry in self._asked if entry.slabs is not slabs]
         self._runs.remove(slabs)
         self._pool.give_back(slabs.first, slabs.num_slabs)
         return True
@@ -129,9 +141,18 @@ class MergedKeys:
         slabs = next((run for run in self._runs if run.num_slabs == num_slabs and run.free_planes), None)
         if slabs is None:
             slabs = self._borrow(num_slabs)
+        while slabs is None and self._give_back_idle():
+            slabs = self._borrow(num_slabs)
         if slabs is None:
             return None
-        return _Entry(MergedRun(slabs.first, slabs.free_planes.pop(), num_tokens), slabs)
+        return _Entry(MergedRun(slabs.first, slabs.free_planes.pop(), num_tokens), slabs, self._step)
+
+    def _give_back_idle(self) -> bool:
+        oldest = next(iter(self._entries.values()), None)
+        if oldest is None or oldest.last_step + IDLE_STEPS > self._step:
+            return False
+        users = [entry.last_step for entry in self._entries.values() if entry.slabs is oldest.slabs]
+        return max(users) + IDLE_STEPS <= self._step and self.give_back()
 
     def _borrow(self, num_slabs: int) -> _SlabRun | None:
         is_spare = self._pool.num_free_slabs - num_slabs >= self._min_free

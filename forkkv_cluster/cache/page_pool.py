@@ -41,6 +41,7 @@ class PagePool:
         self._allocated: dict[PageClass, int] = {}
         self._num_slabs_of: dict[PageClass, int] = {}
         self._num_borrowed = 0
+        self._longest_row: int | None = None  # an upper bound, None until a search has failed
 
     @property
     def num_free_slabs(self) -> int:
@@ -105,6 +106,7 @@ class PagePool:
             if len(free) + 1 == per_slab:
                 del self._slab_free[slab], self._slab_class[slab]
                 heapq.heappush(self._free_slabs, slab)
+                self._longest_row = None
                 self._num_slabs_of[page_class] -= 1
                 continue
             if not free:
@@ -116,6 +118,8 @@ class PagePool:
 
         The highest ones: pages are handed out from the lowest on. O(slabs).
         """
+        if self._longest_row is not None and num_slabs > self._longest_row:
+            return None  # a search of all free slabs for each turn of each step would be felt
         free = sorted(self._free_slabs)
         for last in range(len(free) - 1, num_slabs - 2, -1):
             first = last - num_slabs + 1
@@ -123,6 +127,7 @@ class PagePool:
                 self._free_slabs = free[:first] + free[last + 1 :]
                 self._num_borrowed += num_slabs
                 return free[first]
+        self._longest_row = num_slabs - 1
         return None
 
     def give_back(self, first_slab: int, num_slabs: int) -> None:
@@ -130,6 +135,7 @@ class PagePool:
         for slab in range(first_slab, first_slab + num_slabs):
             heapq.heappush(self._free_slabs, slab)
         self._num_borrowed -= num_slabs
+        self._longest_row = None
 
     def _allocate_one(self, page_class: PageClass) -> int | None:
         slab = self._open_slab(page_class)

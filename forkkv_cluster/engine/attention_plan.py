@@ -252,7 +252,7 @@ class _Tiler:
         return cuts if len(cuts) <= MAX_CUTS and pieces.max() >= CUT_MIN_TOKENS else []
 
     def _tile(self, group: Sequence[_Member], start: int, end: int) -> DecodeTile:
-        by_residual: dict[tuple[int, bytes] | None, list[_Member]] = {}
+        by_residual: dict[tuple[int, bytes, MergedUse | None] | None, list[_Member]] = {}
         for member in group:
             by_residual.setdefault(self._residual_key(member, start, end), []).append(member)
         rows: list[int] = []
@@ -274,12 +274,13 @@ class _Tiler:
             _hidden(ordered, start, end),
         )
 
-    def _residual_key(self, member: _Member, start: int, end: int) -> tuple[int, bytes] | None:
+    def _residual_key(self, member: _Member, start: int, end: int) -> tuple[int, bytes, MergedUse | None] | None:
         residual = member.span.residual
         if residual is None or residual.num_tokens < end:
             return None
         pages = residual.pages[start // self._page_size : -(-end // self._page_size)]
-        return residual.adapter_slot, pages.tobytes()
+        # Whole K made for forks of two depths are two: each has to be written, and is read with strides of its own.
+        return residual.adapter_slot, pages.tobytes(), residual.merged_keys
 
 
 def _hidden(members: Sequence[_Member], start: int, end: int) -> npt.NDArray[np.bool_] | None:

@@ -188,6 +188,7 @@ class Engine:
 
     def _use_merged_keys(self, work: list[Scheduled]) -> None:
         """Whole K for the turns whose adapter changes K of shared context, as far as memory is to spare."""
+        self._kv.start_merged_step()
         for scheduled in work:
             turn = scheduled.item
             if not isinstance(turn, Turn) or turn.lease is None or turn.adapter is None:

@@ -419,6 +419,7 @@ class World:
 
     def use_merged_keys(self, turn: Turn) -> None:
         """A step of the turn reads its adapter's whole K, if it has one and there is memory for it."""
+        self.manager.start_merged_step()
         self.manager.use_merged_keys(turn.lease, is_worth_making=True)
         use = turn.lease.merged_keys
         if use is not None:

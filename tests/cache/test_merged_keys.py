@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forkkv_cluster.cache.geometry import KVGeometry
-from forkkv_cluster.cache.merged_keys import MergedIdentity, MergedKeys, MergedUse
+from forkkv_cluster.cache.merged_keys import IDLE_STEPS, MergedIdentity, MergedKeys, MergedUse
 from forkkv_cluster.cache.page_pool import PagePool
 from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.ids import BlockHash
@@ -126,3 +126,49 @@ def test_a_request_takes_borrowed_memory_before_it_evicts_a_page() -> None:
     assert world.kv.allocate(None, num_slabs * world.geometry.pages_per_slab(None)) is not None
     assert world.manager.merged_bytes_held == 0
     assert world.manager.num_evictions == 0
+
+
+def test_what_a_step_asked_for_and_did_not_write_is_not_written_by_the_next(merged: MergedKeys) -> None:
+    use(merged, "a")
+    merged.start_step()  # the step before ran no layer to its end
+    use(merged, "b")
+    merged.note_written()
+    assert use(merged, "b").is_written
+    assert not use(merged, "a").is_written
+    merged.note_written()
+    assert use(merged, "a").is_written
+
+
+def test_a_run_that_nobody_has_used_for_long_makes_room_for_another(pool: PagePool) -> None:
+    merged = MergedKeys(GEOMETRY, pool, max_share=0.125)  # two runs of two slabs
+    for name in "abcd":
+        use(merged, name)
+    assert merged.use(identity("e"), 8, is_worth_making=True) is None, "all are in use"
+    for _ in range(IDLE_STEPS):
+        merged.start_step()
+        use(merged, "a")
+        use(merged, "b")
+    use(merged, "e")
+    assert merged.use(identity("c"), 8, is_worth_making=True) is not None
+    assert merged.use(identity("f"), 8, is_worth_making=True) is None, "a, b, c and e are in use"
+
+
+def test_a_failed_search_for_a_row_is_not_repeated_until_slabs_come_free(pool: PagePool) -> None:
+    taken = pool.allocate(None, NUM_SLABS)
+    assert taken is not None
+    pool.free(None, taken[::2])
+    assert pool.borrow(2) is None
+    assert pool.borrow(3) is None
+    assert pool.borrow(1) is not None
+    pool.free(None, taken[1:4:2])
+    assert pool.borrow(3) is not None
+
+
+def test_a_full_pool_evicts_as_much_as_is_needed_and_no_more() -> None:
+    world = World(page_size=4, num_slabs=8)
+    for number in range(8):
+        assert world.run(Branch(tuple(range(100 * number, 100 * number + 8)), (7,), None, "isolated")) == 0
+    per_slab = world.geometry.pages_per_slab(None)
+    free, evicted = world.kv.pool.num_allocatable(None), world.manager.num_evictions
+    assert world.kv.allocate(None, free + per_slab) is not None
+    assert world.manager.num_evictions - evicted <= 2 * per_slab

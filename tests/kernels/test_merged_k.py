@@ -77,3 +77,20 @@ def test_one_product_is_not_for_rows_without_whole_k_nor_for_uneven_numbers_of_r
     uneven = replace(at_hand, row_start=1, row_end=3)
     for residuals in ([at_hand], [at_hand, replace(uneven, merged_k=None)], [at_hand, uneven]):
         assert attend_merged(case.grouped_q, case.base_v, residuals) is None
+
+
+def test_adjacent_keys_of_other_lengths_are_not_read_with_the_strides_of_the_first() -> None:
+    """Whole K of 20 tokens, then, right behind it, the first 20 of 30."""
+    cases = [make(2, 20, seed=seed) for seed in range(2)]
+    one = cases[0]
+    arena = torch.full((HKV * 50 * D,), float("nan"))
+    short, long = arena[: HKV * 20 * D].view(HKV, 20, D), arena[HKV * 20 * D :].view(HKV, 30, D)[:, :20]
+    residuals = []
+    for number, (case, place) in enumerate(zip(cases, (short, long), strict=True)):
+        built = GroupResidual(number, number + 1, case.a_k, case.b_k, case.a_v, case.b_v)
+        place.copy_(whole(built, one.base_k, one.cos_sin).merged_k)  # type: ignore[arg-type]
+        residuals.append(replace(built, merged_k=place))
+    together = attend_merged(one.grouped_q, one.base_v, residuals)
+    assert together is not None
+    apart = attend_grouped(one.grouped_q, one.base_k, one.base_v, one.cos_sin, residuals)
+    torch.testing.assert_close(together.output, apart.output, atol=1e-5, rtol=1e-5)

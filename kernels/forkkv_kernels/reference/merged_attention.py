@@ -50,13 +50,18 @@ def _scores(q: Tensor, keys: Sequence[Tensor]) -> Tensor:
         lead = keys[first]
         size = lead.stride(0) * num_kv_heads * lead.element_size()
         last = first + 1
-        while last < len(keys) and keys[last].data_ptr() == lead.data_ptr() + (last - first) * size:
+        while last < len(keys) and _is_next(lead, keys[last], (last - first) * size):
             last += 1
         together = torch.as_strided(lead, ((last - first) * num_kv_heads, num_keys, head_dim), lead.stride())
         heads = slice(first * num_kv_heads, last * num_kv_heads)
         torch.bmm(q[heads], together.transpose(1, 2), out=scores[heads])
         first = last
     return scores
+
+
+def _is_next(lead: Tensor, keys: Tensor, distance: int) -> bool:
+    """Whether ``keys`` lie ``distance`` bytes behind ``lead`` and are strided alike: K of another length are not."""
+    return keys.data_ptr() == lead.data_ptr() + distance and keys.stride() == lead.stride()
 
 
 def _add_residual_outputs_(output: Tensor, weights: Tensor, adapters: Sequence[GroupResidual]) -> None:
