@@ -102,7 +102,7 @@ class SchedulerConfig(_Section):
             ge=1,
             description="Prompt tokens of a step in which sequences decode: the longest that a prompt delays a running decode.",
         ),
-    ] = 512
+    ] = 256
     max_num_waiting: Annotated[int, Field(ge=1, description="Waiting requests beyond which new ones are refused.")] = 1024
     max_overtakes: Annotated[
         int,

@@ -38,6 +38,8 @@ class AdapterRegistry:
         if adapter is None:
             raise NotFound("adapter", name, self._known())
         adapter.names.discard(name)
+        if adapter.names:  # Its weights are read again from the directory of a name that is left.
+            adapter.info = self._by_name[min(adapter.names)]
         self._tiers.drop_if_unused(adapter)
 
     def acquire(self, ref: AdapterRef) -> LoadedAdapter:

@@ -18,6 +18,7 @@ from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import AdapterInfo
 from forkkv_cluster.engine.digest import digest_files
 from forkkv_cluster.engine.layers.lora import FusedLora, LoraFactors, LoraPart, fuse
+from forkkv_cluster.engine.layers.lora_stack import StackCache
 from forkkv_cluster.engine.models.config import ModelConfig, read_json
 from forkkv_cluster.engine.safetensors_reader import SafetensorsReader
 
@@ -115,6 +116,8 @@ class AdapterSlots:
     """Adapters on the device by slot: a small int, taken lowest first and used again after ``remove``."""
 
     def __init__(self) -> None:
+        self.stacks = StackCache()
+        """Of adapters that are in slots, and of no others."""
         self._slots: dict[int, AdapterWeights] = {}
 
     def add(self, weights: AdapterWeights) -> int:
@@ -124,7 +127,7 @@ class AdapterSlots:
 
     def remove(self, slot: int) -> None:
         """Raises NotFound when the slot is empty."""
-        self[slot]
+        self.stacks.drop(self[slot])
         del self._slots[slot]
 
     def __getitem__(self, slot: int) -> AdapterWeights:

@@ -60,6 +60,10 @@ class FairQueue:
         """Tokens run for this tenant."""
         self._served[tenant] = self._served.get(tenant, 0) + num_tokens
 
+    def served(self, tenant: str) -> int:
+        """Tokens that have run for this tenant, or that it is taken to have had."""
+        return self._served.get(tenant, 0)
+
     def candidates(self) -> Iterator[Waiting]:
         """Everybody, who may start first first. The entry just yielded may be removed, and tenants charged, meanwhile."""
         for priority in sorted(self._levels):

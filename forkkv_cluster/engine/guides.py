@@ -29,8 +29,9 @@ _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """A matcher that has read the first ``num_read`` generated tokens."""
+    """A matcher of ``guide`` that has read the first ``num_read`` generated tokens."""
 
+    guide: Guide
     matcher: LLMatcher
     num_read: int = 0
 
@@ -79,10 +80,12 @@ class Guides:
     def _matcher(self, row: SamplingRow) -> LLMatcher:
         generated = row.generated
         progress = self._progress.pop(row.request_id, None)
-        if progress is None or progress.num_read > len(generated):
-            if row.params.guide is None:
-                raise TypeError("a row without a guide has no matcher")
-            progress = _Progress(LLMatcher(self._load_tokenizer(), _grammar(row.params.guide), log_level=0))
+        guide = row.params.guide
+        if guide is None:
+            raise TypeError("a row without a guide has no matcher")
+        # An id may come again, with another guide or from the beginning.
+        if progress is None or progress.num_read > len(generated) or progress.guide != guide:
+            progress = _Progress(guide, LLMatcher(self._load_tokenizer(), _grammar(guide), log_level=0))
         if progress.num_read < len(generated):
             progress.matcher.consume_tokens(generated[progress.num_read :].tolist())
             progress.num_read = len(generated)

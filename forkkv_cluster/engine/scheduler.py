@@ -1,6 +1,8 @@
 """What runs in the next step: continuous batching with chunked prefill. Decides; never touches a device.
 
-Order of a step: running decodes, then running prefills in chunks, then admissions, all within ``max_num_batched_tokens``.
+Order of a step: running decodes, then admissions, then prompts under way in chunks, all within ``max_num_batched_tokens``.
+Prompts under way go by priority and by what their tenant has had; they leave half of the tokens to those that wait, so that
+a long prompt delays nobody's first token by more than twice. What nobody takes, they have.
 While anything decodes, prompts have at most ``max_prefill_tokens_beside_decodes`` of them: the longest that a prompt, of
 whatever length, delays a running decode.
 
@@ -130,8 +132,8 @@ class Scheduler:
         budget = self._schedule_decodes(plan, self._config.max_num_batched_tokens)
         if plan.work:
             budget = min(budget, self._config.max_prefill_tokens_beside_decodes)
-        budget = self._schedule_prefills(plan, budget)
-        self._admit(plan, budget)
+        num_admitted = self._admit(plan, budget - self._held_for_prefills(plan, budget))
+        self._schedule_prefills(plan, budget - num_admitted)
         return plan
 
     def _schedule_decodes(self, plan: StepPlan, budget: int) -> int:
@@ -146,12 +148,22 @@ class Scheduler:
             self._queue.charge(scheduled.item.tenant, 1)
         return budget
 
-    def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
-        decoding = {id(s.item) for s in plan.work}
-        for item in self._running:
-            if budget > 0 and id(item) not in decoding:
-                budget -= self._schedule_chunk(plan, item, budget)
-        return budget
+    def _held_for_prefills(self, plan: StepPlan, budget: int) -> int:
+        """Tokens of the budget that newcomers leave to prompts under way: all they need, but half while others wait."""
+        needed = sum(item.num_tokens - item.num_computed for item in self._prefills(plan))
+        return min(needed, budget - budget // 2 if self._queue else budget)
+
+    def _prefills(self, plan: StepPlan) -> list[Runnable]:
+        """Prompts under way that have no chunk in this step yet, who goes on first first."""
+        planned = {id(s.item) for s in plan.work}
+        prefills = [item for item in self._running if id(item) not in planned]
+        return sorted(prefills, key=lambda item: (item.order[0], self._queue.served(item.tenant), item.order[1]))
+
+    def _schedule_prefills(self, plan: StepPlan, budget: int) -> None:
+        for item in self._prefills(plan):
+            if budget <= 0:
+                return
+            budget -= self._schedule_chunk(plan, item, budget)
 
     def _schedule_chunk(self, plan: StepPlan, item: Runnable, budget: int) -> int:
         end = min(item.num_tokens, item.num_computed + budget)
@@ -178,21 +190,24 @@ class Scheduler:
 
     # --- admission --------------------------------------------------------------------------------------------------
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
+    def _admit(self, plan: StepPlan, budget: int) -> int:
+        """Tokens of those that start now, ``budget`` at most."""
         self._claims.begin_admission()
+        left = budget
         for entry in self._queue.candidates():
-            if budget <= 0 or len(self._running) >= self._config.max_num_seqs:
-                return
+            if left <= 0 or len(self._running) >= self._config.max_num_seqs:
+                break
             started = self._start(entry, plan)
             if started is Outcome.NO_ROOM:
                 self._claims.let_go(entry)
-                return
+                break
             if started is Outcome.NO_SLOT:
                 self._claims.note_no_slot(entry)
             elif isinstance(started, Turn | ContextPass):
                 self._claims.note_start(started.claim)
                 self._running.append(started)
-                budget -= self._schedule_chunk(plan, started, budget)
+                left -= self._schedule_chunk(plan, started, left)
+        return budget - left
 
     def _start(self, entry: Waiting, plan: StepPlan) -> Runnable | Outcome:
         """What to run for ``entry`` now: itself, or a pass that it needs."""

@@ -7,20 +7,20 @@ from torch import Tensor
 
 from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
 from forkkv_cluster.engine.layers.lora import FusedLora
-from forkkv_cluster.engine.layers.lora_stack import MAX_WASTE, LayerStacks, StackCache, StackedRows
+from forkkv_cluster.engine.layers.lora_stack import MAX_WASTE, LayerStacks, StackedRows
 from forkkv_cluster.engine.step_inputs import StepInputs
 
 
 class StepLora:
     """Adds x A B to the rows of every LoRA segment."""
 
-    def __init__(self, step: StepInputs, adapters: AdapterSlots, cache: StackCache, dtype: torch.dtype) -> None:
+    def __init__(self, step: StepInputs, adapters: AdapterSlots, dtype: torch.dtype) -> None:
         self._step = step
         self._weights = [adapters[segment.adapter_slot] for segment in step.lora]
         self._stacks: list[LayerStacks] | None = None
         self._rows: StackedRows | None = None
         if _is_stackable(step, dtype):
-            self._stacks = cache.get(
+            self._stacks = adapters.stacks.get(
                 tuple(self._weights), lambda: [[layer.by_group() for layer in weights.layers] for weights in self._weights]
             )
             self._rows = StackedRows(_row_segments(step))

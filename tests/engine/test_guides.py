@@ -97,5 +97,24 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(engine: TinyEngine, 
         engine.add(guided(engine, guide))
 
 
+def test_an_id_that_comes_again_with_another_guide_is_held_to_that_one(tiny_kit: TinyKit, engine: TinyEngine) -> None:
+    info = engine.runner.info
+
+    def allowed(guides: Guides, guide: Guide) -> np.ndarray:
+        tokens = np.array([5, 6, 7, 0, 0], np.int32)
+        row = SamplingRow(SamplingParams(max_tokens=2, guide=guide), 3, tokens, 3, "again")
+        masks, failed = guides.masks([row])
+        assert masks is not None
+        assert failed == []
+        return masks.allowed.numpy()
+
+    used = Guides(tiny_kit.model_dir, info.vocab_size, info.eos_token_ids)
+    first = allowed(used, Guide(GuideKind.REGEX, "a+"))
+    fresh = Guides(tiny_kit.model_dir, info.vocab_size, info.eos_token_ids)
+    wanted = allowed(fresh, DATE)
+    assert (first != wanted).any()
+    assert (allowed(used, DATE) == wanted).all()
+
+
 def test_rows_without_guides_cost_no_mask(tiny_kit: TinyKit) -> None:
     assert Guides(tiny_kit.model_dir, 300, [1]).masks([SamplingRow(SamplingParams(), 0)]) == (None, [])

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from forkkv_cluster.engine.adapters import AdapterSlots, AdapterWeights, LayerLora
 from forkkv_cluster.engine.layers.lora import FusedLora, LoraFactors, fuse
 from forkkv_cluster.engine.layers.lora_stack import MAX_SETS, LoraStack, StackCache, StackedRows
+from tests.gateway.fakes import adapter_info
 
 IN, OUT = 24, {"q_proj": 32, "k_proj": 8, "v_proj": 8}
 SEGMENTS = [(1, 3), (3, 4), (4, 6), (8, 9)]
@@ -105,3 +107,23 @@ def test_the_set_that_ran_longest_ago_is_forgotten(is_used_again: bool) -> None:
         cache.get((0,), lambda: [[{"qkv": None}]])
     cache.get((MAX_SETS,), list)
     assert (cache.get((0,), lambda: [[{"qkv": None}]]) is not None) == is_used_again
+
+
+def test_stacks_go_when_an_adapter_leaves_its_slot() -> None:
+    """A stack is a copy of its adapters: it must not keep bytes on the device that nobody counts."""
+    cache = StackCache()
+    for _ in range(2):
+        cache.get(("a", "b"), lambda: [[{"qkv": lora}] for lora in adapters()[:2]])
+    cache.get(("c", "d"), list)
+    cache.drop("b")
+    assert cache.get(("a", "b"), list) is None
+    assert cache.get(("c", "d"), lambda: [[{"qkv": None}]]) is not None
+
+
+def test_a_slot_that_is_emptied_takes_its_stacks_along() -> None:
+    slots = AdapterSlots()
+    weights = AdapterWeights(adapter_info("a"), (LayerLora(None, None, None, None),), 0)
+    slot = slots.add(weights)
+    slots.stacks.get((weights,), list)
+    slots.remove(slot)
+    assert slots.stacks.get((weights,), list) is None

@@ -105,6 +105,17 @@ def test_a_declared_adapter_that_cannot_be_read_concerns_its_own_branches_alone(
         fake.run(fake.request(CONTEXT, [1], "c16"))
 
 
+def test_an_adapter_of_two_names_is_read_from_the_directory_of_the_one_that_is_left() -> None:
+    engine = FakeEngine(max_device_adapters=1, host_bytes=0)
+    engine.adapters["p"] = engine.engine.load_adapter("p", "fake:same:8").ref
+    engine.engine.load_adapter("q", "fake:same:8:")  # the same content in another directory
+    engine.engine.unload_adapter("q")
+    engine.runner.changed_files["fake:same:8:"] = "gone"
+    engine.add(engine.request([], [5, 6, 7], "p", "isolated"))
+    engine.drain()
+    assert engine.errors == {}
+
+
 def test_an_adapter_unloaded_while_its_request_waits_for_a_slot_is_used_to_the_end() -> None:
     fake = FakeEngine(max_device_adapters=1, host_bytes=0)
     fake.add(prompt(fake, "a8", 1))
@@ -249,6 +260,31 @@ def test_a_prompt_beside_a_running_decode_runs_in_the_chunks_of_its_bound() -> N
     for _ in range(4):
         fake.step()
     assert rows == [6, 6, 6, 6]
+
+
+def test_a_long_prompt_under_way_leaves_half_of_a_step_to_those_that_wait() -> None:
+    """Of whatever priority and tenant it is: else a newcomer's first token would wait for the end of the long prompt."""
+    engine = FakeEngine(num_slabs=400, max_num_batched_tokens=16, max_prefill_tokens_beside_decodes=16)
+    long = [(3 * i) % engine.vocab_size for i in range(800)]
+    engine.add(engine.request([], long, None, "isolated", max_tokens=2, tenant="bulk", priority=Priority.LOW))
+    engine.engine.step()
+    short = engine.add(engine.request([], [1, 2, 3, 4], None, "isolated", max_tokens=1, tenant="chat"))
+    output = engine.engine.step()
+    assert [chunk.request_id for chunk in output.chunks] == [short]
+    before = engine.engine.status().counters.prefill_tokens_run
+    engine.engine.step()
+    assert engine.engine.status().counters.prefill_tokens_run - before == 16, "and has the whole step when nobody waits"
+
+
+def test_of_two_prompts_under_way_the_one_of_higher_priority_goes_on_first() -> None:
+    engine = FakeEngine(num_slabs=400, max_num_batched_tokens=16)
+    low = engine.request([], [1] * 64, None, "isolated", max_tokens=1, tenant="bulk", priority=Priority.LOW)
+    high = engine.request([], [2] * 64, None, "isolated", max_tokens=1, tenant="chat", priority=Priority.HIGH)
+    ids = [engine.add(low), engine.add(high)]
+    ends = []
+    while len(ends) < 2:
+        ends += [chunk.request_id for chunk in engine.engine.step().chunks if chunk.finish_reason is not None]
+    assert ends == ids[::-1]
 
 
 def test_without_a_decode_a_prompt_has_the_whole_step() -> None:

@@ -100,6 +100,11 @@ class StackCache:
     def __init__(self) -> None:
         self._stacks: OrderedDict[tuple[Hashable, ...], list[LayerStacks] | None] = OrderedDict()
 
+    def drop(self, member: Hashable) -> None:
+        """Forget every set that ``member`` belongs to: its weights leave the device, and so do their copies."""
+        for members in [members for members in self._stacks if member in members]:
+            del self._stacks[members]
+
     def get(self, members: tuple[Hashable, ...], segments: Callable[[], Segments]) -> list[LayerStacks] | None:
         """Stacks by layer, or None the first time. ``members`` is what the set is known by, in the order of ``segments``."""
         if members not in self._stacks:

@@ -20,7 +20,6 @@ from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
 from forkkv_cluster.engine.attention import PagedAttention
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.linear import Linear
-from forkkv_cluster.engine.layers.lora_stack import StackCache
 from forkkv_cluster.engine.models.config import ModelConfig
 from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
 from forkkv_cluster.engine.step_lora import StepLora
@@ -56,12 +55,11 @@ class DecoderWeights:
 
 
 class Decoder:
-    """All state of a step is in its arguments; what is kept besides the weights are stacks of adapters, to be made anew."""
+    """Stateless over its weights: all state of a step is in its arguments."""
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
-        self._lora_stacks = StackCache()
 
     @property
     def k_norms(self) -> tuple[Tensor, ...]:
@@ -72,7 +70,7 @@ class Decoder:
         """Run all rows, write their KV, return the last hidden states [R + n, H] of ``step.output_rows``."""
         hidden = self._weights.embed[step.token_ids]
         eps = self.config.rms_norm_eps
-        lora = StepLora(step, adapters, self._lora_stacks, hidden.dtype)
+        lora = StepLora(step, adapters, hidden.dtype)
         for index, weights in enumerate(self._weights.layers):
             x = rms_norm(hidden, weights.input_norm, eps)
             q = self._project_and_store(index, x, step, lora, kv, adapters)
