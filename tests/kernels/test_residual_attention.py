@@ -21,6 +21,7 @@ from forkkv_kernels.ops.residual_attention import (
     reconstruct_k,
     reconstruct_v,
 )
+from forkkv_kernels.reference import partial_attention as partial_reference
 from forkkv_kernels.reference import residual_attention as reference
 from torch import Tensor
 
@@ -133,7 +134,11 @@ def test_both_ways_to_the_residuals_scores_give_the_same_attention(limit: int, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_plain_attention_equals_grouped_attention_without_residuals(dtype: torch.dtype, is_masked: bool) -> None:
+@pytest.mark.parametrize("flash_max_keys", [0, 1024])
+def test_plain_attention_equals_grouped_attention_without_residuals(
+    dtype: torch.dtype, is_masked: bool, flash_max_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial_reference, "FLASH_MAX_KEYS", flash_max_keys)
     case = make(4, 33)
     mask = torch.arange(33) > 29 + torch.arange(4)[:, None] if is_masked else None
     q, k, v = (x.to(dtype) for x in (case.grouped_q, case.base_k, case.base_v))

@@ -27,18 +27,23 @@ def attend_merged(
         return None
     merged.sort(key=lambda entry: entry[1].data_ptr())
     adapters, keys = [r for r, _ in merged], [k for _, k in merged]
-    order = torch.tensor([r.row_start + i for r in adapters for i in range(length)], device=q.device)
-    own_q = q[:, order].unflatten(1, (len(adapters), length)).transpose(0, 1)  # [G, Hkv, length, g, D]
+    rows = [r.row_start + i for r in adapters for i in range(length)]
+    order = torch.tensor(rows, device=q.device) if rows != list(range(num_rows)) else None
+    ordered_q = q if order is None else q[:, order]
+    own_q = ordered_q.unflatten(1, (len(adapters), length)).transpose(0, 1)  # [G, Hkv, length, g, D]
     scores = _scores(own_q.flatten(2, 3).flatten(0, 1), keys).view(*own_q.shape[:4], -1)
-    hidden = mask[order].view(len(adapters), 1, length, 1, -1) if mask is not None else None
+    hidden = None
+    if mask is not None:
+        hidden = (mask if order is None else mask[order]).view(len(adapters), 1, length, 1, -1)
     lse, weights = softmax_with_lse(scores, hidden, base_v.dtype)
     by_head = weights.transpose(0, 1).reshape(num_kv_heads, -1, len(base_v))
     output = torch.matmul(by_head, base_v.transpose(0, 1)).float().view(num_kv_heads, *own_q.shape[:1], -1, head_dim)
     _add_residual_outputs_(output, weights.flatten(2, 3), adapters)
+    lse, output = lse.transpose(0, 1).reshape(q.shape[:3]), output.view(num_kv_heads, num_rows, -1, head_dim)
+    if order is None:
+        return PartialAttention(lse, output)
     back = torch.argsort(order)
-    return PartialAttention(
-        lse.transpose(0, 1).reshape(q.shape[:3])[:, back], output.view(num_kv_heads, num_rows, -1, head_dim)[:, back]
-    )
+    return PartialAttention(lse[:, back], output[:, back])
 
 
 def _scores(q: Tensor, keys: Sequence[Tensor]) -> Tensor:
