@@ -42,7 +42,7 @@ from forkkv_cluster.engine.scheduler import Scheduler
 from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn, Waiting
 
 MIN_MERGED_STEPS = 4
-"""Steps that a turn must have ahead of it to make whole K for: building it costs about as much as attending without, once."""
+"""Steps that a turn must have ahead of it to make whole K for: building it has to pay off. An estimate, not swept."""
 
 LOAD_WAIT_S = 0.005
 """The longest that a step without work waits for weights from disk, before whoever drives the engine may speak again."""

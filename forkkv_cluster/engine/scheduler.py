@@ -2,7 +2,7 @@
 
 Order of a step: running decodes, then prompts under way in chunks, by priority and by what their tenant has had, then
 admissions, all within ``max_num_batched_tokens``. Prompts under way come first because those that wait may share their
-prefix: started beside them, 16 agents ran a context 16 times that they find in the cache a moment later.
+prefix: started beside one another, 16 agents over one context ran 32,000 prompt tokens in place of 5,120.
 While anything decodes, prompts have at most ``max_prefill_tokens_beside_decodes`` of them: the longest that a prompt, of
 whatever length, delays a running decode.
 
