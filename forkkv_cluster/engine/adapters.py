@@ -16,9 +16,9 @@ from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.core.errors import InvalidArgument, NotFound, Unsupported
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import AdapterInfo
+from forkkv_cluster.engine.adapter_tables import AdapterTables
 from forkkv_cluster.engine.digest import digest_files
 from forkkv_cluster.engine.layers.lora import FusedLora, LoraFactors, LoraPart, fuse
-from forkkv_cluster.engine.layers.lora_stack import StackCache
 from forkkv_cluster.engine.models.config import ModelConfig, read_json
 from forkkv_cluster.engine.safetensors_reader import SafetensorsReader
 
@@ -116,9 +116,8 @@ class AdapterSlots:
     """Adapters on the device by slot: a small int, taken lowest first and used again after ``remove``."""
 
     def __init__(self) -> None:
-        self.stacks = StackCache()
-        """Of adapters that are in slots, and of no others."""
         self._slots: dict[int, AdapterWeights] = {}
+        self._tables: dict[int, AdapterTables] = {}
 
     def add(self, weights: AdapterWeights) -> int:
         slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
@@ -127,8 +126,15 @@ class AdapterSlots:
 
     def remove(self, slot: int) -> None:
         """Raises NotFound when the slot is empty."""
-        self.stacks.drop(self[slot])
+        self[slot]
         del self._slots[slot]
+        self._tables.pop(slot, None)
+
+    def tables(self, slot: int) -> AdapterTables:
+        """Addresses of what is in the slot. Raises NotFound when it is empty."""
+        if slot not in self._tables:
+            self._tables[slot] = AdapterTables(self[slot].layers)
+        return self._tables[slot]
 
     def __getitem__(self, slot: int) -> AdapterWeights:
         """Raises NotFound when the slot is empty."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from forkkv_kernels.ops.merged_attention import attend_merged
+from forkkv_kernels.ops.paged_decode import is_available
 from forkkv_kernels.ops.partial_attention import (
     PartialAttention,
     attend_padded,
@@ -40,6 +42,7 @@ from forkkv_cluster.engine.attention_plan import (
 from forkkv_cluster.engine.batch import IntArray
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
+from forkkv_cluster.engine.native_attention import NativeAttention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +77,20 @@ class _PaddedTensors:
     def take(self, pool: Tensor) -> Tensor:
         """pool [slots, Hkv, D] -> [n, longest, Hkv, D]."""
         return pool.index_select(0, self.slots).view(len(self.hidden), -1, *pool.shape[1:])
+
+
+class Attention(Protocol):
+    """A step's attention, layer by layer."""
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """q [T, Hq, D] rotated -> [T, Hq, D]. Whatever this layer wrote in this step is visible."""
+        ...
+
+
+def attention_for(plan: AttentionPlan, kv: KVBuffers, adapters: AdapterSlots, rotary: RotaryTable) -> Attention:
+    """The fastest there is on this device in this dtype."""
+    is_native = is_available(kv.arena.device, kv.arena.dtype)
+    return (NativeAttention if is_native else PagedAttention)(plan, kv, adapters, rotary)
 
 
 class PagedAttention:

@@ -15,7 +15,7 @@ from forkkv_cluster.cache.host_tier import num_host_slabs
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument, Unsupported
 from forkkv_cluster.core.request import AdapterInfo, ModelInfo
 from forkkv_cluster.engine.adapters import AdapterSlots, AdapterWeights, load_adapter
-from forkkv_cluster.engine.attention import PagedAttention
+from forkkv_cluster.engine.attention import attention_for
 from forkkv_cluster.engine.attention_plan import plan_attention
 from forkkv_cluster.engine.batch import Batch, TailCopy
 from forkkv_cluster.engine.host_adapters import Weights
@@ -161,7 +161,7 @@ class ModelRunner:
             return torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self._device)
         step = step_inputs(batch, self._rotary, self._device)
         plan = plan_attention(batch.attention, self.geometry.page_size)
-        attention = PagedAttention(plan, self.kv, self._adapters, self._rotary)
+        attention = attention_for(plan, self.kv, self._adapters, self._rotary)
         return self._model.forward(step, attention, self.kv, self._adapters)
 
     def _copy_tails(self, batch: Batch) -> None:

@@ -45,12 +45,12 @@ class ResidualRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
-    """token_ids [T] int64; cos_sin [T, D] fp32; base_rows, base_slots [W]; output_rows [R + n]: logit and scored rows."""
+    """token_ids [T] int64; cos_sin [T, D] fp32; base_slots [T] int64: where a row's K and V go, -1 for nowhere;
+    output_rows [R + n]: logit and scored rows."""
 
     token_ids: Tensor
     cos_sin: Tensor
-    base_rows: Tensor | slice
-    base_slots: Tensor | slice
+    base_slots: Tensor
     lora: tuple[LoraRows, ...]
     residual_writes: tuple[ResidualRows, ...]
     output_rows: Tensor
@@ -76,12 +76,13 @@ def step_inputs(batch: Batch, rotary: RotaryTable, device: torch.device) -> Step
                 compact(segment_rows, device),
             )
         )
+    base_slots = np.full(batch.num_rows, -1, dtype=np.int64)
+    base_slots[batch.base_rows] = batch.base_slots
     positions = torch.from_numpy(np.ascontiguousarray(batch.positions))
     return StepInputs(
         token_ids=torch.from_numpy(np.ascontiguousarray(batch.token_ids)).to(device),
         cos_sin=rotary.rows[positions.to(device)],
-        base_rows=compact(batch.base_rows, device),
-        base_slots=compact(batch.base_slots, device),
+        base_slots=torch.from_numpy(base_slots).to(device),
         lora=segments,
         residual_writes=tuple(residual_writes),
         output_rows=torch.from_numpy(np.concatenate((batch.logit_rows, batch.scored_rows))).to(device),

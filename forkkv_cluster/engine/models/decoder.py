@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from forkkv_kernels.ops.qk_norm import inverse_rms, key_scale
-from forkkv_kernels.ops.rms_norm import rms_norm
-from forkkv_kernels.ops.rope import apply_rope
+from forkkv_kernels.ops.rms_norm import add_rms_norm_, rms_norm
+from forkkv_kernels.ops.silu_mul import silu_mul
+from forkkv_kernels.ops.store_kv import HeadNorms, store_kv
 from torch import Tensor
-from torch.nn.functional import silu
 
 from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
-from forkkv_cluster.engine.attention import PagedAttention
+from forkkv_cluster.engine.attention import Attention
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.linear import Linear
 from forkkv_cluster.engine.models.config import ModelConfig
@@ -66,21 +66,23 @@ class Decoder:
         """Weight [D] of K's norm by layer; empty where the family has none."""
         return tuple(layer.k_norm for layer in self._weights.layers if layer.k_norm is not None)
 
-    def forward(self, step: StepInputs, attention: PagedAttention, kv: KVBuffers, adapters: AdapterSlots) -> Tensor:
+    def forward(self, step: StepInputs, attention: Attention, kv: KVBuffers, adapters: AdapterSlots) -> Tensor:
         """Run all rows, write their KV, return the last hidden states [R + n, H] of ``step.output_rows``."""
         hidden = self._weights.embed[step.token_ids]
         eps = self.config.rms_norm_eps
         lora = StepLora(step, adapters, hidden.dtype)
+        delta: Tensor | None = None
         for index, weights in enumerate(self._weights.layers):
-            x = rms_norm(hidden, weights.input_norm, eps)
+            x = add_rms_norm_(hidden, delta, weights.input_norm, eps)
             q = self._project_and_store(index, x, step, lora, kv, adapters)
             if index == self.config.num_layers - 1 and len(step.output_rows) == 0:
                 break  # A pass for its KV alone: nobody reads what the last layer would compute.
             attended = attention.run(index, q).flatten(1)
-            hidden = hidden + _linear(attended, weights.o, lora, index, "o")
-            x = rms_norm(hidden, weights.post_norm, eps)
-            gate, up = _linear(x, weights.gate_up, lora, index, "gate_up").chunk(2, dim=-1)
-            hidden = hidden + _linear(silu(gate) * up, weights.down, lora, index, "down")
+            x = add_rms_norm_(hidden, _linear(attended, weights.o, lora, index, "o"), weights.post_norm, eps)
+            gate_up = _linear(x, weights.gate_up, lora, index, "gate_up")
+            delta = _linear(silu_mul(gate_up), weights.down, lora, index, "down")
+        if delta is not None:
+            hidden += delta
         return hidden[step.output_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -96,26 +98,15 @@ class Decoder:
         qkv = weights.qkv(x)
         shrunk = lora.qkv_(index, qkv, x)
         heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        rotated = apply_rope(_normed_qk(heads[:, : config.num_heads + config.num_kv_heads], weights, config), step.cos_sin)
-        key_cache, value_cache = kv.base(index)
-        key_cache[step.base_slots] = rotated[step.base_rows, config.num_heads :]
-        value_cache[step.base_slots] = heads[step.base_rows, config.num_heads + config.num_kv_heads :]
+        norms = None
+        if weights.q_norm is not None and weights.k_norm is not None:
+            norms = HeadNorms(weights.q_norm, weights.k_norm, config.rms_norm_eps)
+        q: Tensor = store_kv(heads, step.cos_sin, norms, step.base_slots, *kv.base(index))
         _store_residuals(index, x, step, shrunk, kv, adapters)
         if config.qk_norm:
             k = heads[:, config.num_heads : config.num_heads + config.num_kv_heads]
             _store_key_scales(index, k, step, kv, adapters, config.rms_norm_eps)
-        q: Tensor = rotated[:, : config.num_heads]
         return q
-
-
-def _normed_qk(qk: Tensor, weights: LayerWeights, config: ModelConfig) -> Tensor:
-    """qk [T, Hq + Hkv, D], the heads of q before those of k: each normalised over D where the family does so."""
-    if weights.q_norm is None or weights.k_norm is None:
-        return qk
-    q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
-    return torch.cat(
-        (rms_norm(q, weights.q_norm, config.rms_norm_eps), rms_norm(k, weights.k_norm, config.rms_norm_eps)), dim=1
-    )
 
 
 def _store_residuals(

@@ -1,0 +1,367 @@
+// Decode: few rows of many agents against tiles of paged keys, each tile read once for all of its rows.
+//
+// A unit is (tile, up to UNIT keys of it, kv head), with a softmax of its own; units of different keys run in parallel. Their
+// maxima, sums and outputs are merged row by row at the end. V's residual stays low-rank: P V = P Vb + (P a_v) B_v, with one
+// product by B_v for each row and head at the very end. K is read where the adapter's whole K is at hand, else built block by
+// block, once for all rows of its adapter.
+#include <cmath>
+#include <limits>
+
+#include "residual.h"
+
+namespace forkkv {
+namespace {
+
+constexpr int UNIT = 256;
+constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
+
+struct Unit {
+    const Tile* tile;
+    int first_key, num_keys, head;
+    float* result;  // rows * group entries of [max, sum, recalled, output]
+};
+
+struct Shape {
+    int num_kv_heads, group, dim, width;
+    int64_t slot_stride() const { return int64_t(num_kv_heads) * dim; }
+};
+
+int recalled_width(const Tile& tile) {
+    int64_t rank = 0;
+    for (int i = 0; i < tile.num_residuals; i++) rank = std::max(rank, tile.residuals[i].v.rank);
+    return whole_lanes(int(rank));
+}
+bool has_own_k(const Residual& residual) { return residual.merged_k || residual.k.rank; }
+
+// One unit: scores of all its keys, one softmax over them, then what the weights recall.
+template <class T>
+class UnitRun {
+    typedef typename PackingOf<T>::type P;
+    typedef typename P::Item Item;
+    static constexpr int WEIGHTS = UNIT / P::PAIR;  // items of a row of weights
+
+   public:
+    UnitRun(const Decode& decode, const Shape& shape, const Unit& unit)
+        : decode_(decode), shape_(shape), unit_(unit), tile_(*unit.tile), num_rows_(int(tile_.num_rows) * shape.group),
+          depth_(items<P>(shape.dim)), recalled_(recalled_width(tile_)) {
+        q_.resize(num_rows_ * depth_);
+        keys_.resize(depth_ * BLOCK);
+        values_.resize(items<P>(BLOCK) * std::max(shape.width, recalled_));
+        scores_.resize(num_rows_ * UNIT);
+        weights_.resize(num_rows_ * WEIGHTS);
+        max_ = unit.result, sum_ = max_ + num_rows_, recall_ = sum_ + num_rows_, out_ = recall_ + num_rows_ * recalled_;
+        std::fill(recall_, out_ + num_rows_ * shape.width, 0.f);
+    }
+
+    void run() {
+        pack_queries();
+        int from = 0;
+        for (int i = 0; i < tile_.num_residuals; i++) {
+            const Residual& residual = tile_.residuals[i];
+            if (!has_own_k(residual)) continue;
+            score_base(from, int(residual.row_begin) * shape_.group);
+            from = int(residual.row_end) * shape_.group;
+            score_own(residual, int(residual.row_begin) * shape_.group, from);
+        }
+        score_base(from, num_rows_);
+        for (int row = 0; row < num_rows_; row++) weigh(row);
+        recall_base();
+        for (int i = 0; i < tile_.num_residuals; i++)
+            if (tile_.residuals[i].v.rank) recall(tile_.residuals[i]);
+    }
+
+   private:
+    void pack_queries() {
+        const T* q = static_cast<const T*>(decode_.q);
+        for (int row = 0; row < num_rows_; row++) {
+            int64_t token = decode_.rows[tile_.rows[row / shape_.group]];
+            int64_t head = int64_t(unit_.head) * shape_.group + row % shape_.group;
+            pack_row(q + (token * shape_.num_kv_heads * shape_.group + head) * shape_.dim, shape_.dim, q_.data() + row * depth_);
+        }
+    }
+
+    // Calls work(first key of the unit's block, number of keys) block by block.
+    template <class F>
+    void each_block(F work) {
+        for (int key = 0; key < unit_.num_keys; key += BLOCK) work(key, std::min(BLOCK, unit_.num_keys - key));
+    }
+
+    void base_rows(const void* pool, int key, int count, const T** rows) const {
+        const T* start = static_cast<const T*>(pool) + unit_.head * shape_.dim;
+        for (int i = 0; i < count; i++) rows[i] = start + tile_.slots[unit_.first_key + key + i] * shape_.slot_stride();
+    }
+    void factor_rows(const Factors& factors, const Slots& slots, int key, int count, const T** rows) const {
+        const T* start = static_cast<const T*>(factors.a);
+        for (int i = 0; i < count; i++) rows[i] = start + slots[unit_.first_key + key + i] * factors.stride;
+    }
+
+    void score(const T* const* keys, int key, int count, int from, int to) {
+        pack_keys(keys, count, shape_.dim, keys_.data());
+        dot<P>(q_.data() + from * depth_, depth_, keys_.data(), depth_, to - from, scores_.data() + from * UNIT + key, UNIT);
+    }
+
+    void score_base(int from, int to) {
+        if (from == to) return;
+        each_block([&](int key, int count) {
+            const T* rows[BLOCK];
+            base_rows(decode_.base_k, key, count, rows);
+            score(rows, key, count, from, to);
+        });
+    }
+
+    // Against the adapter's own K: read where it is at hand, built from base K and the residual where not.
+    void score_own(const Residual& residual, int from, int to) {
+        if (!residual.merged_k) return score_built(residual, from, to);
+        const T* merged = static_cast<const T*>(residual.merged_k) + unit_.head * residual.merged_stride;
+        each_block([&](int key, int count) {
+            const T* rows[BLOCK];
+            const T* block = merged + int64_t(unit_.first_key + key) * shape_.dim;
+            if (key + BLOCK < unit_.num_keys)
+                for (int64_t d = 0; d < BLOCK * shape_.dim; d += 64 / int(sizeof(T)))
+                    __builtin_prefetch(block + BLOCK * shape_.dim + d, 0, 2);
+            for (int i = 0; i < count; i++) rows[i] = block + i * shape_.dim;
+            score(rows, key, count, from, to);
+        });
+    }
+
+    void score_built(const Residual& residual, int from, int to) {
+        ResidualBlock<T> builder(residual.k, shape_.num_kv_heads, shape_.dim, unit_.head);
+        built_.resize(BLOCK * shape_.dim);
+        const T* norm = residual.norm ? static_cast<const T*>(residual.norm) + unit_.head : nullptr;
+        const T* change = residual.change ? static_cast<const T*>(residual.change) + unit_.head : nullptr;
+        each_block([&](int key, int count) {
+            const T *base[BLOCK], *a[BLOCK], *rows[BLOCK];
+            base_rows(decode_.base_k, key, count, base);
+            factor_rows(residual.k, residual.slots, key, count, a);
+            int first = unit_.first_key + key;
+            builder.build(base, a, count, decode_.cos_sin + (tile_.first_position + first) * shape_.dim, norm, residual.k.stride,
+                          change, residual.change_stride, residual.slots, first, built_.data());
+            for (int i = 0; i < count; i++) rows[i] = built_.data() + i * shape_.dim;
+            score(rows, key, count, from, to);
+        });
+    }
+
+    // Softmax of one row over the unit, to base 2.
+    void weigh(int row) {
+        float* scores = scores_.data() + row * UNIT;
+        int seen = unit_.num_keys;
+        if (tile_.limits) seen = int(std::clamp<int64_t>(tile_.limits[row / shape_.group] - unit_.first_key, 0, seen));
+        Item* weights = weights_.data() + row * WEIGHTS;
+        int padded = (unit_.num_keys + BLOCK - 1) / BLOCK * BLOCK;
+        for (int key = seen; key < padded; key++) scores[key] = HIDDEN;
+        Vec top = splat(HIDDEN);
+        for (int key = 0; key < padded; key += LANES) top = max(load(scores + key), top);
+        float scale = LOG2_E / std::sqrt(float(shape_.dim));
+        float highest = seen ? largest(top) * scale : 0.f;
+        Vec total = splat(0.f);
+        for (int key = 0; key < padded; key += LANES) {
+            Vec weight = exp2(load(scores + key) * scale - highest);
+            total += weight;
+            store(weight, reinterpret_cast<Stored*>(weights) + key);
+        }
+        max_[row] = seen ? highest : HIDDEN;
+        sum_[row] = sum(total);
+    }
+
+    void recall_base() {
+        each_block([&](int key, int count) {
+            const T* rows[BLOCK];
+            base_rows(decode_.base_v, key, count, rows);
+            pack_values(rows, count, shape_.dim, values_.data());
+            accumulate<P>(weights_.data() + key / P::PAIR, WEIGHTS, values_.data(), shape_.width, items<P>(count), num_rows_, out_,
+                          shape_.width);
+        });
+    }
+
+    // P a_v of the adapter's rows.
+    void recall(const Residual& residual) {
+        int rank = int(residual.v.rank), from = int(residual.row_begin) * shape_.group;
+        int num_rows = int(residual.row_end) * shape_.group - from;
+        each_block([&](int key, int count) {
+            const T* rows[BLOCK];
+            factor_rows(residual.v, residual.slots, key, count, rows);
+            pack_values(rows, count, rank, values_.data());
+            accumulate<P>(weights_.data() + from * WEIGHTS + key / P::PAIR, WEIGHTS, values_.data(), whole_lanes(rank),
+                          items<P>(count), num_rows, recall_ + from * recalled_, recalled_);
+        });
+    }
+
+    typedef typename P::Stored Stored;
+    const Decode& decode_;
+    const Shape& shape_;
+    const Unit& unit_;
+    const Tile& tile_;
+    int num_rows_, depth_, recalled_;
+    std::vector<Item> q_, keys_, values_, weights_;
+    std::vector<T> built_;
+    std::vector<float> scores_;
+    float *max_, *sum_, *recall_, *out_;
+};
+
+// The units of all heads over the same keys. One head of consecutive tokens is a stride through memory, at which it is read
+// half as fast as in order: what all heads will need is asked for first.
+template <class T>
+void run_heads(const Decode& decode, const Shape& shape, const Unit* units) {
+    const Tile& tile = *units->tile;
+    bool reads_base_k = tile.num_residuals == 0;
+    for (int i = 0; i < tile.num_residuals; i++) reads_base_k |= !tile.residuals[i].merged_k;
+    for (int key = units->first_key; key < units->first_key + units->num_keys; key++) {
+        int64_t at = tile.slots[key] * shape.slot_stride();
+        for (int64_t d = 0; d < shape.slot_stride(); d += 64 / int(sizeof(T))) {
+            if (reads_base_k) __builtin_prefetch(static_cast<const T*>(decode.base_k) + at + d, 0, 2);
+            __builtin_prefetch(static_cast<const T*>(decode.base_v) + at + d, 0, 2);
+        }
+    }
+    for (int head = 0; head < shape.num_kv_heads; head++) UnitRun<T>(decode, shape, units[head]).run();
+}
+
+// What the units found for one row and query head, merged.
+template <class T>
+class RowMerge {
+   public:
+    RowMerge(const Shape& shape) : shape_(shape), output_(shape.width) {}
+
+    void start() {
+        std::fill(output_.begin(), output_.end(), 0.f);
+        recalled_.clear();
+        factors_ = nullptr;
+        max_ = HIDDEN, sum_ = 0.f;
+    }
+
+    void add(const Unit& unit, int row) {
+        const Tile& tile = *unit.tile;
+        int num_rows = int(tile.num_rows) * shape_.group, width = recalled_width(tile);
+        const float *maxima = unit.result, *sums = maxima + num_rows, *recalled = sums + num_rows;
+        float max = maxima[row];
+        if (sums[row] == 0.f && max == HIDDEN) return;
+        float top = max > max_ || max != max ? max : max_;
+        float old = max_ == HIDDEN ? 0.f : std::exp2(max_ - top), scale = std::exp2(max - top);
+        max_ = top;
+        sum_ = sum_ * old + sums[row] * scale;
+        const float* out = recalled + num_rows * width + row * shape_.width;
+        for (int d = 0; d < shape_.width; d += LANES)
+            store(load(output_.data() + d) * old + load(out + d) * scale, output_.data() + d);
+        const Factors* factors = factors_of(tile, row / shape_.group);
+        if (factors) factors_ = factors;
+        recalled_.resize(std::max<size_t>(recalled_.size(), width));
+        for (size_t r = 0; r < recalled_.size(); r++)
+            recalled_[r] = recalled_[r] * old + (factors && int(r) < width ? recalled[row * width + r] * scale : 0.f);
+    }
+
+    void finish(int head, T* out) {
+        if (factors_) {
+            for (int r = 0; r < factors_->rank; r++) {
+                const T* b = static_cast<const T*>(factors_->b) + (int64_t(r) * shape_.num_kv_heads + head) * shape_.dim;
+                for (int d = 0; d < shape_.dim; d += LANES)
+                    store(load(output_.data() + d) + load_some(b + d, shape_.dim - d) * recalled_[r], output_.data() + d);
+            }
+        }
+        for (int d = 0; d < shape_.dim; d += LANES)
+            store_some(load(output_.data() + d) / splat(sum_), out + d, shape_.dim - d);
+    }
+
+   private:
+    static const Factors* factors_of(const Tile& tile, int row) {
+        for (int i = 0; i < tile.num_residuals; i++) {
+            const Residual& r = tile.residuals[i];
+            if (row >= r.row_begin && row < r.row_end) return r.v.rank ? &r.v : nullptr;
+        }
+        return nullptr;
+    }
+
+    const Shape& shape_;
+    std::vector<float> output_, recalled_;
+    const Factors* factors_ = nullptr;
+    float max_ = HIDDEN, sum_ = 0.f;
+};
+
+struct Share {
+    int first_unit;  // of head 0; heads follow one another
+    int row;         // of the tile
+};
+
+template <class T>
+void attend(const Decode& decode) {
+    Shape shape = {int(decode.num_kv_heads), int(decode.group), int(decode.head_dim), whole_lanes(int(decode.head_dim))};
+    std::vector<Unit> units;
+    std::vector<std::vector<Share>> shares(decode.num_rows);
+    size_t total = 0;
+    for (int t = 0; t < decode.num_tiles; t++) {
+        const Tile& tile = decode.tiles[t];
+        size_t size = tile.num_rows * shape.group * (2 + recalled_width(tile) + shape.width);
+        for (int key = 0; key < tile.num_keys; key += UNIT) {
+            for (int row = 0; row < tile.num_rows; row++) shares[tile.rows[row]].push_back({int(units.size()), row});
+            for (int head = 0; head < shape.num_kv_heads; head++) {
+                units.push_back({&tile, key, int(std::min<int64_t>(UNIT, tile.num_keys - key)), head, nullptr});
+                total += size;
+            }
+        }
+    }
+    static thread_local std::vector<float> results;
+    if (results.size() < total) results.resize(total);
+    float* next = results.data();
+    for (Unit& unit : units) {
+        unit.result = next;
+        next += unit.tile->num_rows * shape.group * (2 + recalled_width(*unit.tile) + shape.width);
+    }
+#pragma omp parallel num_threads(int(decode.num_threads))
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < units.size(); i += shape.num_kv_heads) run_heads<T>(decode, shape, &units[i]);
+        RowMerge<T> merge(shape);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t row = 0; row < decode.num_rows; row++) {
+            for (int head = 0; head < shape.num_kv_heads; head++) {
+                for (int j = 0; j < shape.group; j++) {
+                    merge.start();
+                    for (const Share& share : shares[row])
+                        merge.add(units[share.first_unit + head], share.row * shape.group + j);
+                    int64_t at = decode.rows[row] * shape.num_kv_heads * shape.group + head * shape.group + j;
+                    merge.finish(head, static_cast<T*>(decode.out) + at * shape.dim);
+                }
+            }
+        }
+    }
+}
+
+// One head of up to UNIT tokens.
+template <class T>
+void gather_unit(const Gather& g, int head, int64_t start) {
+    int dim = int(g.head_dim);
+    std::vector<ResidualBlock<T>> builder;
+    if (g.factors.rank && start < g.num_residual) builder.emplace_back(g.factors, int(g.num_kv_heads), dim, head);
+    const T* norm = static_cast<const T*>(g.norm);
+    const T* change = static_cast<const T*>(g.change);
+    for (int64_t first = start; first < std::min(start + UNIT, g.num_tokens); first += BLOCK) {
+        int count = int(std::min<int64_t>(BLOCK, g.num_tokens - first));
+        int with = builder.empty() ? 0 : int(std::clamp<int64_t>(g.num_residual - first, 0, count));
+        const T *rows[BLOCK], *a[BLOCK];
+        for (int key = 0; key < count; key++)
+            rows[key] = static_cast<const T*>(g.pool) + (g.slots[first + key] * g.num_kv_heads + head) * dim;
+        T* out = static_cast<T*>(g.out) + head * g.out_stride + first * dim;
+        for (int key = with; key < count; key++) std::memcpy(out + key * dim, rows[key], sizeof(T) * dim);
+        if (!with) continue;
+        for (int key = 0; key < with; key++)
+            a[key] = static_cast<const T*>(g.factors.a) + g.residual_slots[first + key] * g.factors.stride;
+        builder[0].build(rows, a, with, g.cos_sin ? g.cos_sin + first * dim : nullptr, norm ? norm + head : nullptr,
+                         g.factors.stride, change ? change + head : nullptr, g.change_stride, g.residual_slots, first, out);
+    }
+}
+
+template <class T>
+void gather(const Gather& g) {
+    int64_t num_units = (g.num_tokens + UNIT - 1) / UNIT;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(int(g.num_threads))
+    for (int64_t unit = 0; unit < num_units; unit++)
+        for (int head = 0; head < g.num_kv_heads; head++) gather_unit<T>(g, head, unit * UNIT);
+}
+
+}  // namespace
+}  // namespace forkkv
+
+extern "C" {
+void forkkv_decode_bf16(const forkkv::Decode* decode) { forkkv::attend<forkkv::bf16>(*decode); }
+void forkkv_decode_f32(const forkkv::Decode* decode) { forkkv::attend<float>(*decode); }
+void forkkv_gather_bf16(const forkkv::Gather* g) { forkkv::gather<forkkv::bf16>(*g); }
+void forkkv_gather_f32(const forkkv::Gather* g) { forkkv::gather<float>(*g); }
+}

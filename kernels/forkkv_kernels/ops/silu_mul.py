@@ -1,0 +1,22 @@
+"""See the reference of the same name for the formula and shapes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from forkkv_kernels._cpu.library import functions_for
+from forkkv_kernels._cpu.structs import num_threads
+from forkkv_kernels.reference import silu_mul as reference
+
+__all__ = ["silu_mul"]
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 I] -> [T, I]."""
+    functions = functions_for(gate_up)
+    if functions is None:
+        return reference.silu_mul(gate_up)
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(num_rows, width)
+    functions.silu_mul(gate_up.contiguous().data_ptr(), out.data_ptr(), num_rows, width, num_threads())
+    return out
