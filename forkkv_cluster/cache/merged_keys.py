@@ -4,8 +4,8 @@ Attention over base KV and a residual builds the adapter's K anew in every step.
 and keeps that K there: the same bytes that an isolated cache would hold for K, none for V, and only for as long as the
 memory is to spare. Anyone who needs a slab gets it back before a single cached page is evicted for it.
 
-A slab run holds two entries, one in each plane of the arena: entry (run, plane) is [Hkv, S, D] from the run's first
-element on, in every layer.
+A slab run holds two entries, one in each plane of the arena: entry (run, plane) holds K of S tokens, S
+rounded up to ``KEY_BLOCK``, from the run's first element on, in every layer; in which order is for the attention to choose.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ would be written anew in every step."""
 
 MIN_FREE_SHARE = 16
 """One slab in so many stays free, so that the next request finds room without taking anything back."""
+
+
+KEY_BLOCK = 64
+"""Tokens of which memory for whole K holds whole multiples: ops keep it in blocks of so many."""
+
+
+def whole_key_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // KEY_BLOCK) * KEY_BLOCK
 
 
 class MergedIdentity(NamedTuple):
@@ -137,7 +145,7 @@ class MergedKeys:
         return True
 
     def _claim(self, num_tokens: int) -> _Entry | None:
-        num_slabs = -(-num_tokens * self._geometry.base_width // self._geometry.slab_elems)
+        num_slabs = -(-whole_key_blocks(num_tokens) * self._geometry.base_width // self._geometry.slab_elems)
         slabs = next((run for run in self._runs if run.num_slabs == num_slabs and run.free_planes), None)
         if slabs is None:
             slabs = self._borrow(num_slabs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from forkkv_cluster.cache.geometry import KVGeometry
-from forkkv_cluster.cache.merged_keys import MergedRun
+from forkkv_cluster.cache.merged_keys import MergedRun, whole_key_blocks
 
 
 class KVBuffers:
@@ -38,6 +38,14 @@ class KVBuffers:
         start = run.first_slab * geometry.slab_elems
         flat = self.arena[layer, run.plane, start : start + run.num_tokens * geometry.base_width]
         return flat.view(geometry.num_kv_heads, run.num_tokens, geometry.head_dim)
+
+    def merged_blocks(self, layer: int, run: MergedRun) -> Tensor:
+        """The same memory up to a whole block, for ops that keep K in an order of their own: [Hkv, M, D]."""
+        geometry = self.geometry
+        num_tokens = whole_key_blocks(run.num_tokens)
+        start = run.first_slab * geometry.slab_elems
+        flat = self.arena[layer, run.plane, start : start + num_tokens * geometry.base_width]
+        return flat.view(geometry.num_kv_heads, num_tokens, geometry.head_dim)
 
     def residual(self, layer: int, rank_class: int) -> tuple[Tensor, Tensor]:
         """x A_k and x A_v of one layer by slot: [num_slots, rank_class] each, views.

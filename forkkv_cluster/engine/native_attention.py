@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from forkkv_kernels.ops.paged_decode import RESIDUAL_FIELDS, TILE_FIELDS, attend_tiles, gather_heads
+from forkkv_kernels.ops.paged_decode import RESIDUAL_FIELDS, TILE_FIELDS, attend_tiles, gather_heads, pack_merged_k
 from forkkv_kernels.ops.residual_attention import attend_heads
 from torch import Tensor
 
-from forkkv_cluster.cache.merged_keys import MergedRun, MergedUse
+from forkkv_cluster.cache.merged_keys import MergedRun
 from forkkv_cluster.engine.adapter_tables import RESIDUAL_COLUMNS, Table
 from forkkv_cluster.engine.adapters import AdapterSlots
 from forkkv_cluster.engine.attention_plan import AttentionPlan, DecodeTile, ExtendSpan, Slots, TileResidual
@@ -87,7 +87,7 @@ class NativeAttention:
         self._residuals = self._residual_table(parts)
         self._tiles = self._tile_table(tiles)
         self._unwritten = [
-            _Unwritten(r.merged_keys.run, tile.start, tile.end, self._addresses.slots(tile.slots), number)
+            (number, _Unwritten(r.merged_keys.run, tile.start, tile.end, self._addresses.slots(tile.slots)))
             for number, (tile, r) in enumerate(parts)
             if r.merged_keys is not None and not r.merged_keys.is_written
         ]
@@ -103,8 +103,8 @@ class NativeAttention:
             rows = span.rows
             out[rows] = self._extend(layer, q[rows], span)
         if len(self._decode_rows):
-            for unwritten in self._unwritten:
-                self._write_merged(layer, unwritten)
+            for number, unwritten in self._unwritten:
+                self._write_merged(layer, unwritten, _gather_fields(self._residuals[layer, number], "k"))
             base_k, base_v = self._kv.base(layer)
             table = self._tiles[layer]
             attend_tiles(q, out, self._decode_rows, base_k, base_v, self._rotary.rows, table.ctypes.data, len(table))
@@ -120,22 +120,20 @@ class NativeAttention:
             gather_heads(
                 pool, heads, span.slots, span.num_residual, span.factors(layer, plane), cos_sin if plane == "k" else None
             )
-        use = span.merged_keys
-        if use is not None and not use.is_written:
-            self._kv.merged_keys(layer, use.run)[:, : span.num_residual] = keys[:, : span.num_residual]
+        if span.unwritten is not None:
+            self._write_merged(layer, span.unwritten, span.factors(layer, "k"))
         out: Tensor = attend_heads(q, keys, values)
         return out
 
-    def _write_merged(self, layer: int, part: _Unwritten) -> None:
-        """An adapter's K over one tile into borrowed slabs, for this and all later steps."""
+    def _write_merged(self, layer: int, part: _Unwritten, factors: dict[str, int]) -> None:
+        """An adapter's K of some tokens into borrowed slabs, for this and all later steps."""
         written = (layer, part.run, part.start, part.end)
-        fields = self._residuals[layer, part.number]
-        if written in self._written or not fields[_RESIDUAL["k_rank"]]:
+        if written in self._written or not factors["rank"]:
             return
         base_k, _ = self._kv.base(layer)
-        target = self._kv.merged_keys(layer, part.run)[:, part.start : part.end]
         cos_sin = self._rotary.rows[part.start : part.end]
-        gather_heads(base_k, target, part.slots, part.end - part.start, _gather_fields(fields, "k"), cos_sin)
+        target = self._kv.merged_blocks(layer, part.run)
+        pack_merged_k(base_k, target, part.slots, part.start, part.end, factors, cos_sin)
         self._written.add(written)
 
     def _residual_table(self, parts: Sequence[tuple[DecodeTile, TileResidual]]) -> Table:
@@ -150,10 +148,9 @@ class NativeAttention:
         table[:, : _RESIDUAL["k_a"]] = (residual.row_start, residual.row_end, first, listed)
         if residual.merged_keys is not None:
             run = residual.merged_keys.run
-            head_dim = self._kv.geometry.head_dim
-            start = self._addresses.merged_keys(run) + tile.start * head_dim * self._kv.arena.itemsize
+            start = self._addresses.merged_keys(run)
             table[:, _RESIDUAL["merged_k"]] = np.where(table[:, _RESIDUAL["k_rank"]] > 0, start, 0)
-            table[:, _RESIDUAL["merged_stride"]] = run.num_tokens * head_dim
+            table[:, _RESIDUAL["merged_stride"]] = self._kv.merged_blocks(0, run).stride(0)
         return table
 
     def _tile_table(self, tiles: Sequence[DecodeTile]) -> Table:
@@ -174,13 +171,12 @@ class NativeAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Unwritten:
-    """An adapter's whole K over the tokens [start, end) of a tile, which this step writes; ``number`` of its residual."""
+    """An adapter's whole K over the tokens [start, end), which this step writes; base K at ``slots``."""
 
     run: MergedRun
     start: int
     end: int
     slots: tuple[int, int]
-    number: int
 
 
 class _Span:
@@ -192,9 +188,12 @@ class _Span:
         self.slots = addresses.slots(span.slots)
         piece = span.residual
         self.num_residual = piece.end if piece is not None else 0
-        self.merged_keys: MergedUse | None = piece.merged_keys if piece is not None else None
+        self.unwritten: _Unwritten | None = None
         self._factors: Table | None = None
         if piece is not None:
+            use = piece.merged_keys
+            if use is not None and not use.is_written:
+                self.unwritten = _Unwritten(use.run, 0, piece.end, self.slots)
             self._factors = addresses.residual(piece.adapter_slot)
             self._factors[:, _RESIDUAL["slots_first"] : _RESIDUAL["k_a"]] = addresses.slots(piece.slots)
 

@@ -11,8 +11,8 @@ from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.ids import BlockHash
 from tests.cache.kv_world import Branch, World
 
-GEOMETRY = KVGeometry(num_layers=1, num_kv_heads=2, head_dim=4, page_size=4, dtype_bytes=2, rank_classes=(8,))
-"""A slab holds K of one page: 4 tokens of 8 elements."""
+GEOMETRY = KVGeometry(num_layers=1, num_kv_heads=2, head_dim=4, page_size=32, dtype_bytes=2, rank_classes=(8,))
+"""A slab holds K of one page: 32 tokens of 8 elements."""
 
 NUM_SLABS = 32
 
@@ -31,7 +31,7 @@ def identity(name: str) -> MergedIdentity:
     return MergedIdentity(ResidualKey(name, "eager", 8), BlockHash(b"block"))
 
 
-def use(merged: MergedKeys, name: str, num_tokens: int = 8) -> MergedUse:
+def use(merged: MergedKeys, name: str, num_tokens: int = 64) -> MergedUse:
     found = merged.use(identity(name), num_tokens, is_worth_making=True)
     assert found is not None
     assert merged.is_consistent()
@@ -56,16 +56,16 @@ def test_two_adapters_share_the_two_planes_of_one_run(merged: MergedKeys, pool: 
 
 
 def test_nothing_is_made_that_is_not_worth_it_but_what_is_there_is_used(merged: MergedKeys) -> None:
-    assert merged.use(identity("a"), 8, is_worth_making=False) is None
+    assert merged.use(identity("a"), 64, is_worth_making=False) is None
     made = use(merged, "a").run
-    again = merged.use(identity("a"), 8, is_worth_making=False)
+    again = merged.use(identity("a"), 64, is_worth_making=False)
     assert again is not None
     assert again.run == made
 
 
 def test_some_slabs_stay_free_for_the_next_request(merged: MergedKeys, pool: PagePool) -> None:
     names = iter(range(1000))
-    while merged.use(identity(str(next(names))), 8, is_worth_making=True) is not None:
+    while merged.use(identity(str(next(names))), 64, is_worth_making=True) is not None:
         pass
     assert 0 < pool.num_free_slabs <= NUM_SLABS // 8
 
@@ -73,7 +73,7 @@ def test_some_slabs_stay_free_for_the_next_request(merged: MergedKeys, pool: Pag
 def test_no_more_than_the_share_is_borrowed(pool: PagePool) -> None:
     merged = MergedKeys(GEOMETRY, pool, max_share=0.25)
     for name in range(100):
-        merged.use(identity(str(name)), 8, is_worth_making=True)
+        merged.use(identity(str(name)), 64, is_worth_making=True)
     assert pool.num_borrowed_slabs == NUM_SLABS // 4
 
 
@@ -101,7 +101,7 @@ def test_only_slabs_in_a_row_are_borrowed(pool: PagePool, merged: MergedKeys) ->
     taken = pool.allocate(None, NUM_SLABS)
     assert taken is not None
     pool.free(None, taken[::2])
-    assert merged.use(identity("a"), 8, is_worth_making=True) is None
+    assert merged.use(identity("a"), 64, is_worth_making=True) is None
     pool.free(None, [taken[NUM_SLABS - 1]])
     assert use(merged, "a").run.first_slab == NUM_SLABS - 2
 
@@ -111,15 +111,15 @@ def test_without_any_there_is_nothing_to_give_back(merged: MergedKeys) -> None:
 
 
 def test_a_request_takes_borrowed_memory_before_it_evicts_a_page() -> None:
-    world = World(page_size=4, num_slabs=16)
-    agent = Branch(tuple(range(1, 17)), (90, 91), "a", "eager")
+    world = World(page_size=32, num_slabs=16)
+    agent = Branch(tuple(range(1, 129)), (190, 191), "a", "eager")
     assert world.prepare(agent)
     turn = world.open_turn(agent)
     assert turn is not None
     world.manager.use_merged_keys(turn.lease, is_worth_making=True)
     world.manager.check_invariants()
     assert turn.lease.merged_keys is not None
-    assert turn.lease.merged_keys.run.num_tokens == 16
+    assert turn.lease.merged_keys.run.num_tokens == 128
     num_borrowed = world.manager.merged_bytes_held // world.geometry.slab_bytes
     assert num_borrowed > 0
     num_slabs = world.kv.pool.num_free_slabs + num_borrowed
@@ -143,14 +143,14 @@ def test_a_run_that_nobody_has_used_for_long_makes_room_for_another(pool: PagePo
     merged = MergedKeys(GEOMETRY, pool, max_share=0.125)  # two runs of two slabs
     for name in "abcd":
         use(merged, name)
-    assert merged.use(identity("e"), 8, is_worth_making=True) is None, "all are in use"
+    assert merged.use(identity("e"), 64, is_worth_making=True) is None, "all are in use"
     for _ in range(IDLE_STEPS):
         merged.start_step()
         use(merged, "a")
         use(merged, "b")
     use(merged, "e")
-    assert merged.use(identity("c"), 8, is_worth_making=True) is not None
-    assert merged.use(identity("f"), 8, is_worth_making=True) is None, "a, b, c and e are in use"
+    assert merged.use(identity("c"), 64, is_worth_making=True) is not None
+    assert merged.use(identity("f"), 64, is_worth_making=True) is None, "a, b, c and e are in use"
 
 
 def test_a_failed_search_for_a_row_is_not_repeated_until_slabs_come_free(pool: PagePool) -> None:

@@ -1,6 +1,6 @@
 // Decode: few rows of many agents against tiles of paged keys, each tile read once for all of its rows.
 //
-// A unit is (tile, up to UNIT keys of it, kv head), with a softmax of its own; units of different keys run in parallel. Their
+// A unit is (tile, up to UNIT keys of it, kv head), cut at positions that UNIT divides, with a softmax of its own; units of different keys run in parallel. Their
 // maxima, sums and outputs are merged row by row at the end. V's residual stays low-rank: P V = P Vb + (P a_v) B_v, with one
 // product by B_v for each row and head at the very end. K is read where the adapter's whole K is at hand, else built block by
 // block, once for all rows of its adapter.
@@ -39,6 +39,7 @@ class UnitRun {
     typedef typename PackingOf<T>::type P;
     typedef typename P::Item Item;
     static constexpr int WEIGHTS = UNIT / P::PAIR;  // items of a row of weights
+    static constexpr int SCORES = BLOCK + UNIT;     // of a row; the first block may begin before the unit does
 
    public:
     UnitRun(const Decode& decode, const Shape& shape, const Unit& unit)
@@ -47,7 +48,7 @@ class UnitRun {
         q_.resize(num_rows_ * depth_);
         keys_.resize(depth_ * BLOCK);
         values_.resize(items<P>(BLOCK) * std::max(shape.width, recalled_));
-        scores_.resize(num_rows_ * UNIT);
+        scores_.resize(num_rows_ * SCORES);
         weights_.resize(num_rows_ * WEIGHTS);
         max_ = unit.result, sum_ = max_ + num_rows_, recall_ = sum_ + num_rows_, out_ = recall_ + num_rows_ * recalled_;
         std::fill(recall_, out_ + num_rows_ * shape.width, 0.f);
@@ -80,11 +81,16 @@ class UnitRun {
         }
     }
 
-    // Calls work(first key of the unit's block, number of keys) block by block.
+    // Calls work(first key of the unit's block, number of keys) block by block, cut at positions that BLOCK divides.
     template <class F>
     void each_block(F work) {
-        for (int key = 0; key < unit_.num_keys; key += BLOCK) work(key, std::min(BLOCK, unit_.num_keys - key));
+        for (int key = 0, next; key < unit_.num_keys; key = next) {
+            next = std::min(unit_.num_keys, key + BLOCK - lane(key));
+            work(key, next - key);
+        }
     }
+    // Place of a key in its block.
+    int lane(int key) const { return int((tile_.first_position + unit_.first_key + key) % BLOCK); }
 
     void base_rows(const void* pool, int key, int count, const T** rows) const {
         const T* start = static_cast<const T*>(pool) + unit_.head * shape_.dim;
@@ -97,7 +103,10 @@ class UnitRun {
 
     void score(const T* const* keys, int key, int count, int from, int to) {
         pack_keys(keys, count, shape_.dim, keys_.data());
-        dot<P>(q_.data() + from * depth_, depth_, keys_.data(), depth_, to - from, scores_.data() + from * UNIT + key, UNIT);
+        score_packed(keys_.data(), key, from, to);
+    }
+    void score_packed(const Item* keys, int key, int from, int to) {
+        dot<P>(q_.data() + from * depth_, depth_, keys, depth_, to - from, scores_.data() + from * SCORES + BLOCK + key, SCORES);
     }
 
     void score_base(int from, int to) {
@@ -112,15 +121,14 @@ class UnitRun {
     // Against the adapter's own K: read where it is at hand, built from base K and the residual where not.
     void score_own(const Residual& residual, int from, int to) {
         if (!residual.merged_k) return score_built(residual, from, to);
-        const T* merged = static_cast<const T*>(residual.merged_k) + unit_.head * residual.merged_stride;
-        each_block([&](int key, int count) {
-            const T* rows[BLOCK];
-            const T* block = merged + int64_t(unit_.first_key + key) * shape_.dim;
-            if (key + BLOCK < unit_.num_keys)
-                for (int64_t d = 0; d < BLOCK * shape_.dim; d += 64 / int(sizeof(T)))
-                    __builtin_prefetch(block + BLOCK * shape_.dim + d, 0, 2);
-            for (int i = 0; i < count; i++) rows[i] = block + i * shape_.dim;
-            score(rows, key, count, from, to);
+        const Item* merged = static_cast<const Item*>(residual.merged_k) + unit_.head * residual.merged_stride / P::PAIR;
+        each_block([&](int key, int) {
+            int64_t position = tile_.first_position + unit_.first_key + key, size = int64_t(depth_) * BLOCK;
+            const Item* block = merged + position / BLOCK * size;
+            const Item* later = block + UNIT / BLOCK * size;  // of the next unit; one block ahead comes too late
+            for (int64_t i = 0; i < size; i += 64 / int(sizeof(Item))) __builtin_prefetch(later + i, 0, 2);
+            // Scores of keys before the first one of the unit are written, too: into room that nobody reads.
+            score_packed(block, key - lane(key), from, to);
         });
     }
 
@@ -143,7 +151,7 @@ class UnitRun {
 
     // Softmax of one row over the unit, to base 2.
     void weigh(int row) {
-        float* scores = scores_.data() + row * UNIT;
+        float* scores = scores_.data() + row * SCORES + BLOCK;
         int seen = unit_.num_keys;
         if (tile_.limits) seen = int(std::clamp<int64_t>(tile_.limits[row / shape_.group] - unit_.first_key, 0, seen));
         Item* weights = weights_.data() + row * WEIGHTS;
@@ -289,10 +297,11 @@ void attend(const Decode& decode) {
     for (int t = 0; t < decode.num_tiles; t++) {
         const Tile& tile = decode.tiles[t];
         size_t size = tile.num_rows * shape.group * (2 + recalled_width(tile) + shape.width);
-        for (int key = 0; key < tile.num_keys; key += UNIT) {
+        for (int64_t key = 0, next; key < tile.num_keys; key = next) {
+            next = std::min(tile.num_keys, (tile.first_position + key) / UNIT * UNIT + UNIT - tile.first_position);
             for (int row = 0; row < tile.num_rows; row++) shares[tile.rows[row]].push_back({int(units.size()), row});
             for (int head = 0; head < shape.num_kv_heads; head++) {
-                units.push_back({&tile, key, int(std::min<int64_t>(UNIT, tile.num_keys - key)), head, nullptr});
+                units.push_back({&tile, int(key), int(next - key), head, nullptr});
                 total += size;
             }
         }
@@ -326,34 +335,66 @@ void attend(const Decode& decode) {
 
 // One head of up to UNIT tokens.
 template <class T>
-void gather_unit(const Gather& g, int head, int64_t start) {
-    int dim = int(g.head_dim);
-    std::vector<ResidualBlock<T>> builder;
-    if (g.factors.rank && start < g.num_residual) builder.emplace_back(g.factors, int(g.num_kv_heads), dim, head);
-    const T* norm = static_cast<const T*>(g.norm);
-    const T* change = static_cast<const T*>(g.change);
-    for (int64_t first = start; first < std::min(start + UNIT, g.num_tokens); first += BLOCK) {
-        int count = int(std::min<int64_t>(BLOCK, g.num_tokens - first));
-        int with = builder.empty() ? 0 : int(std::clamp<int64_t>(g.num_residual - first, 0, count));
+class GatherUnit {
+    typedef typename PackingOf<T>::type P;
+    typedef typename P::Item Item;
+
+   public:
+    GatherUnit(const Gather& gather, int head) : g_(gather), head_(head), dim_(int(gather.head_dim)) {
+        if (g_.factors.rank) builder_.emplace_back(g_.factors, int(g_.num_kv_heads), dim_, head);
+        if (g_.is_packed) built_.resize(BLOCK * dim_), packed_.resize(items<P>(dim_) * BLOCK);
+    }
+
+    void run(int64_t first, int64_t end) {
+        for (int64_t next; first < end; first = next) {
+            next = std::min(end, (g_.first_position + first) / BLOCK * BLOCK + BLOCK - g_.first_position);
+            T* rows = g_.is_packed ? built_.data() : static_cast<T*>(g_.out) + head_ * g_.out_stride + first * dim_;
+            build(first, int(next - first), rows);
+            if (g_.is_packed) put_packed(first, int(next - first));
+        }
+    }
+
+   private:
+    void build(int64_t first, int count, T* out) {
+        int with = builder_.empty() ? 0 : int(std::clamp<int64_t>(g_.num_residual - first, 0, count));
         const T *rows[BLOCK], *a[BLOCK];
         for (int key = 0; key < count; key++)
-            rows[key] = static_cast<const T*>(g.pool) + (g.slots[first + key] * g.num_kv_heads + head) * dim;
-        T* out = static_cast<T*>(g.out) + head * g.out_stride + first * dim;
-        for (int key = with; key < count; key++) std::memcpy(out + key * dim, rows[key], sizeof(T) * dim);
-        if (!with) continue;
+            rows[key] = static_cast<const T*>(g_.pool) + (g_.slots[first + key] * g_.num_kv_heads + head_) * dim_;
+        for (int key = with; key < count; key++) std::memcpy(out + key * dim_, rows[key], sizeof(T) * dim_);
+        if (!with) return;
         for (int key = 0; key < with; key++)
-            a[key] = static_cast<const T*>(g.factors.a) + g.residual_slots[first + key] * g.factors.stride;
-        builder[0].build(rows, a, with, g.cos_sin ? g.cos_sin + first * dim : nullptr, norm ? norm + head : nullptr,
-                         g.factors.stride, change ? change + head : nullptr, g.change_stride, g.residual_slots, first, out);
+            a[key] = static_cast<const T*>(g_.factors.a) + g_.residual_slots[first + key] * g_.factors.stride;
+        const T* norm = g_.norm ? static_cast<const T*>(g_.norm) + head_ : nullptr;
+        const T* change = g_.change ? static_cast<const T*>(g_.change) + head_ : nullptr;
+        builder_[0].build(rows, a, with, g_.cos_sin ? g_.cos_sin + first * dim_ : nullptr, norm, g_.factors.stride, change,
+                          g_.change_stride, g_.residual_slots, first, out);
     }
-}
+
+    // A block as `dot` reads it. Its other lanes are left alone: they are other tokens', written at another time.
+    void put_packed(int64_t first, int count) {
+        const T* rows[BLOCK];
+        for (int i = 0; i < count; i++) rows[i] = built_.data() + i * dim_;
+        pack_keys(rows, count, dim_, packed_.data());
+        int64_t position = g_.first_position + first;
+        Item* block = static_cast<Item*>(g_.out) + head_ * g_.out_stride / P::PAIR + position / BLOCK * items<P>(dim_) * BLOCK;
+        for (int d = 0; d < items<P>(dim_); d++)
+            std::memcpy(block + d * BLOCK + position % BLOCK, packed_.data() + d * BLOCK, sizeof(Item) * count);
+    }
+
+    const Gather& g_;
+    int head_, dim_;
+    std::vector<ResidualBlock<T>> builder_;
+    std::vector<T> built_;
+    std::vector<Item> packed_;
+};
 
 template <class T>
 void gather(const Gather& g) {
     int64_t num_units = (g.num_tokens + UNIT - 1) / UNIT;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(int(g.num_threads))
     for (int64_t unit = 0; unit < num_units; unit++)
-        for (int head = 0; head < g.num_kv_heads; head++) gather_unit<T>(g, head, unit * UNIT);
+        for (int head = 0; head < g.num_kv_heads; head++)
+            GatherUnit<T>(g, head).run(unit * UNIT, std::min((unit + 1) * UNIT, g.num_tokens));
 }
 
 }  // namespace

@@ -25,9 +25,15 @@ struct ResidualBlock {
     // out[key] = base[key] + ...; cos_sin [count, head_dim] or null; norm and change point at this head's column, or null.
     void build(const T* const* base, const T* const* a, int count, const float* cos_sin, const T* norm, int64_t norm_stride,
                const T* change, int64_t change_stride, const Slots& slots, int64_t first, T* out) {
-        for (int key = 0; key < count; key++) pack_row(a[key], int(factors_.rank), a_.data() + key * depth_);
+        const Item* rows = a_.data();
+        int row_stride = depth_;
+        if (is_in_place(a, count)) {
+            rows = reinterpret_cast<const Item*>(a[0]), row_stride = int(factors_.stride) / P::PAIR;
+        } else {
+            for (int key = 0; key < count; key++) pack_row(a[key], int(factors_.rank), a_.data() + key * depth_);
+        }
         std::fill(sums_.begin(), sums_.begin() + count * width_, 0.f);
-        accumulate<P>(a_.data(), depth_, b_.data(), width_, depth_, count, sums_.data(), width_);
+        accumulate<P>(rows, row_stride, b_.data(), width_, depth_, count, sums_.data(), width_);
         for (int key = 0; key < count; key++) {
             float n = 1.f, c = 1.f;
             if (norm) {
@@ -43,6 +49,15 @@ struct ResidualBlock {
     }
 
    private:
+    // Whether rows of a follow one another, and each is items as it lies: of an even rank, at the address of an item.
+    bool is_in_place(const T* const* a, int count) const {
+        if (factors_.rank % P::PAIR || factors_.stride % P::PAIR || reinterpret_cast<uintptr_t>(a[0]) % sizeof(Item)) return false;
+        if (sizeof(T) * P::PAIR != sizeof(Item)) return false;
+        for (int key = 1; key < count; key++)
+            if (a[key] != a[key - 1] + factors_.stride) return false;
+        return true;
+    }
+
     void rotate_and_add(const T* base, const float* y, const float* cos_sin, float n, float c, T* out) {
         int half = dim_ / 2;
         for (int d = 0; d < half; d += LANES) {

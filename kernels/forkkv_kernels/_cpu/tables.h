@@ -28,7 +28,7 @@ struct Residual {
     const void* norm;      // QK-norm: n(k) and its change, [slots, num_kv_heads] at the strides of k.a and v.a; else null
     const void* change;
     int64_t change_stride;
-    const void* merged_k;  // whole K [num_kv_heads, tokens, head_dim]: instead of base K and k
+    const void* merged_k;  // whole K, instead of base K and k: [num_kv_heads][position / 64][head_dim][64], as `pack_keys` packs
     int64_t merged_stride;  // elements from one head to the next
 };
 
@@ -63,8 +63,10 @@ struct Gather {
     int64_t num_tokens;
     Slots slots;
     const void* pool;  // [slots, num_kv_heads, head_dim]
-    void* out;         // [num_kv_heads, num_tokens, head_dim] at out_stride elements from head to head
-    int64_t out_stride;
+    void* out;         // [num_kv_heads, num_tokens, head_dim], or K packed as `Residual::merged_k` from position 0 on
+    int64_t out_stride;  // elements from one head to the next
+    int64_t is_packed;
+    int64_t first_position;  // of the first token
     int64_t num_residual;  // tokens [0, num_residual) get the residual
     Slots residual_slots;
     Factors factors;

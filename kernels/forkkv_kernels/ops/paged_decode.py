@@ -15,7 +15,18 @@ from torch import Tensor
 from forkkv_kernels._cpu.library import functions_for, functions_on
 from forkkv_kernels._cpu.structs import RESIDUAL_FIELDS, TILE_FIELDS, Decode, Gather, num_threads
 
-__all__ = ["RESIDUAL_FIELDS", "TILE_FIELDS", "attend_tiles", "gather_heads", "is_available"]
+__all__ = [
+    "MERGED_BLOCK",
+    "RESIDUAL_FIELDS",
+    "TILE_FIELDS",
+    "attend_tiles",
+    "gather_heads",
+    "is_available",
+    "pack_merged_k",
+]
+
+MERGED_BLOCK = 64
+"""Tokens of a block of whole K."""
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -43,18 +54,39 @@ def attend_tiles(
 def gather_heads(
     pool: Tensor, out: Tensor, slots: tuple[int, int], num_residual: int, residual: Mapping[str, int], cos_sin: Tensor | None
 ) -> None:
-    """out [Hkv, S, D] (D contiguous, S strided by D) = K or V of S tokens of a pool [slots, Hkv, D], plus the low-rank part of
-    the first ``num_residual``.
+    """out [Hkv, S, D] contiguous = K or V of S tokens of a pool [slots, Hkv, D], plus the low-rank part of the first
+    ``num_residual``.
 
     slots: first slot, and the address of S slots, or 0 where they are consecutive. residual: the fields of ``Gather`` from
     ``residual_first`` on. cos_sin [S, D] fp32 for K, None for V.
     """
+    _gather(pool, out.data_ptr(), out.stride(0), out.shape[1], slots, num_residual, residual, cos_sin)
+
+
+def pack_merged_k(
+    pool: Tensor, out: Tensor, slots: tuple[int, int], start: int, end: int, residual: Mapping[str, int], cos_sin: Tensor
+) -> None:
+    """An adapter's whole K of the tokens at positions [start, end), to where ``attend_tiles`` reads it.
+
+    out [Hkv, M, D] contiguous, M a multiple of ``MERGED_BLOCK``: memory for positions [0, M) in an order of its own. cos_sin
+    [end - start, D] fp32; other arguments as of ``gather_heads``.
+    """
+    _gather(
+        pool, out.data_ptr(), out.stride(0), end - start, slots, end - start, residual, cos_sin,
+        is_packed=1, first_position=start,
+    )  # fmt: skip
+
+
+def _gather(
+    pool: Tensor, out: int, out_stride: int, num_tokens: int, slots: tuple[int, int], num_residual: int,
+    residual: Mapping[str, int], cos_sin: Tensor | None, **layout: int,
+) -> None:  # fmt: skip
     functions = functions_for(pool)
     if functions is None:
-        raise RuntimeError(f"there is no gather_heads for {pool.dtype} on {pool.device}; ask is_available first")
+        raise RuntimeError(f"there is no gather of heads for {pool.dtype} on {pool.device}; ask is_available first")
     call = Gather(
-        num_kv_heads=pool.shape[1], head_dim=pool.shape[2], num_tokens=out.shape[1], slots_first=slots[0],
-        slots_listed=slots[1], pool=pool.data_ptr(), out=out.data_ptr(), out_stride=out.stride(0), num_residual=num_residual,
-        cos_sin=cos_sin.data_ptr() if cos_sin is not None else 0, num_threads=num_threads(), **residual,
+        num_kv_heads=pool.shape[1], head_dim=pool.shape[2], num_tokens=num_tokens, slots_first=slots[0], slots_listed=slots[1],
+        pool=pool.data_ptr(), out=out, out_stride=out_stride, num_residual=num_residual,
+        cos_sin=cos_sin.data_ptr() if cos_sin is not None else 0, num_threads=num_threads(), **layout, **residual,
     )  # fmt: skip
     functions.gather(ctypes.byref(call))
