@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from forkkv_kernels.ops.huge_pages import prefer_huge_pages
 from torch import Tensor
 
 from forkkv_cluster.cache.geometry import KVGeometry
@@ -22,6 +23,7 @@ class KVBuffers:
         self.arena = torch.empty(
             (geometry.num_layers, 2, num_slabs * geometry.slab_elems), dtype=dtype, device=device, requires_grad=False
         )
+        prefer_huge_pages(self.arena)
         self._base = self.arena.view(geometry.num_layers, 2, -1, geometry.num_kv_heads, geometry.head_dim)
         self._residual = {c: self.arena.view(geometry.num_layers, 2, -1, c) for c in geometry.rank_classes}
         # Views by layer, made once: a step asks for hundreds of them.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from forkkv_kernels.ops.paged_decode import RESIDUAL_FIELDS, TILE_FIELDS, attend_tiles, gather_heads, pack_merged_k
+from forkkv_kernels.ops.paged_decode import RESIDUAL_FIELDS, TILE_FIELDS, attend_tiles, gather_heads
 from forkkv_kernels.ops.residual_attention import attend_heads
 from torch import Tensor
 
@@ -104,7 +104,7 @@ class NativeAttention:
             out[rows] = self._extend(layer, q[rows], span)
         if len(self._decode_rows):
             for number, unwritten in self._unwritten:
-                self._write_merged(layer, unwritten, _gather_fields(self._residuals[layer, number], "k"))
+                self._write_merged(layer, unwritten, self._residuals[layer, number])
             base_k, base_v = self._kv.base(layer)
             table = self._tiles[layer]
             attend_tiles(q, out, self._decode_rows, base_k, base_v, self._rotary.rows, table.ctypes.data, len(table))
@@ -116,25 +116,30 @@ class NativeAttention:
         keys, values = (plane[: math.prod(shape)].view(shape) for plane in self._heads)
         base_k, base_v = self._kv.base(layer)
         cos_sin = self._rotary.rows[: span.kv_len]
-        for pool, heads, plane in ((base_k, keys, "k"), (base_v, values, "v")):
-            gather_heads(
-                pool, heads, span.slots, span.num_residual, span.factors(layer, plane), cos_sin if plane == "k" else None
-            )
-        if span.unwritten is not None:
-            self._write_merged(layer, span.unwritten, span.factors(layer, "k"))
+        merged_k = self._unwritten_k(layer, span.unwritten) if span.unwritten is not None else None
+        gather_heads(base_k, keys, span.slots, span.kv_len, span.factors(layer, "k"), cos_sin, merged_k)
+        gather_heads(base_v, values, span.slots, span.kv_len, span.factors(layer, "v"))
         out: Tensor = attend_heads(q, keys, values)
         return out
 
-    def _write_merged(self, layer: int, part: _Unwritten, factors: dict[str, int]) -> None:
+    def _write_merged(self, layer: int, part: _Unwritten, residual: Table) -> None:
         """An adapter's K of some tokens into borrowed slabs, for this and all later steps."""
-        written = (layer, part.run, part.start, part.end)
-        if written in self._written or not factors["rank"]:
+        target = self._unwritten_k(layer, part)
+        if target is None or not residual[_RESIDUAL["k_rank"]]:
             return
         base_k, _ = self._kv.base(layer)
+        num_tokens = part.end - part.start
+        factors = _gather_fields(residual, "k", num_tokens)
         cos_sin = self._rotary.rows[part.start : part.end]
-        target = self._kv.merged_blocks(layer, part.run)
-        pack_merged_k(base_k, target, part.slots, part.start, part.end, factors, cos_sin)
+        gather_heads(base_k, None, part.slots, num_tokens, factors, cos_sin, target, part.start)
+
+    def _unwritten_k(self, layer: int, part: _Unwritten) -> Tensor | None:
+        """Where to write it, None where this step has done so already."""
+        written = (layer, part.run, part.start, part.end)
+        if written in self._written:
+            return None
         self._written.add(written)
+        return self._kv.merged_blocks(layer, part.run)
 
     def _residual_table(self, parts: Sequence[tuple[DecodeTile, TileResidual]]) -> Table:
         """[L, n, RESIDUAL_FIELDS]"""
@@ -187,7 +192,7 @@ class _Span:
         self.kv_len = span.kv_len
         self.slots = addresses.slots(span.slots)
         piece = span.residual
-        self.num_residual = piece.end if piece is not None else 0
+        self._num_residual = piece.end if piece is not None else 0
         self.unwritten: _Unwritten | None = None
         self._factors: Table | None = None
         if piece is not None:
@@ -199,13 +204,13 @@ class _Span:
 
     def factors(self, layer: int, plane: str) -> dict[str, int]:
         """The fields of a ``Gather`` for K or V; none without a residual."""
-        return _gather_fields(self._factors[layer], plane) if self._factors is not None else {}
+        return _gather_fields(self._factors[layer], plane, self._num_residual) if self._factors is not None else {}
 
 
-def _gather_fields(residual: Table, plane: str) -> dict[str, int]:
-    """residual [RESIDUAL_FIELDS] -> the residual's fields of a ``Gather``."""
+def _gather_fields(residual: Table, plane: str, num_residual: int) -> dict[str, int]:
+    """residual [RESIDUAL_FIELDS] -> the residual's fields of a ``Gather`` over so many tokens."""
     names = {"residual_first": "slots_first", "residual_listed": "slots_listed"}
     names |= {name: f"{plane}_{name}" for name in ("a", "stride", "rank", "b")}
     if plane == "k":
         names |= {name: name for name in ("norm", "change", "change_stride")}
-    return {field: int(residual[_RESIDUAL[name]]) for field, name in names.items()}
+    return {"num_residual": num_residual} | {field: int(residual[_RESIDUAL[name]]) for field, name in names.items()}

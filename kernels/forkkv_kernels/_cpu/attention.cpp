@@ -45,11 +45,12 @@ class UnitRun {
     UnitRun(const Decode& decode, const Shape& shape, const Unit& unit)
         : decode_(decode), shape_(shape), unit_(unit), tile_(*unit.tile), num_rows_(int(tile_.num_rows) * shape.group),
           depth_(items<P>(shape.dim)), recalled_(recalled_width(tile_)) {
-        q_.resize(num_rows_ * depth_);
-        keys_.resize(depth_ * BLOCK);
-        values_.resize(items<P>(BLOCK) * std::max(shape.width, recalled_));
-        scores_.resize(num_rows_ * SCORES);
-        weights_.resize(num_rows_ * WEIGHTS);
+        q_ = kept_.q.at_least(num_rows_ * depth_);
+        keys_ = kept_.keys.at_least(depth_ * BLOCK);
+        values_ = kept_.values.at_least(items<P>(BLOCK) * std::max(shape.width, recalled_));
+        scores_ = kept_.scores.at_least(num_rows_ * SCORES);
+        weights_ = kept_.weights.at_least(num_rows_ * WEIGHTS);
+        built_ = kept_.built.at_least(BLOCK * shape.dim);
         max_ = unit.result, sum_ = max_ + num_rows_, recall_ = sum_ + num_rows_, out_ = recall_ + num_rows_ * recalled_;
         std::fill(recall_, out_ + num_rows_ * shape.width, 0.f);
     }
@@ -77,7 +78,7 @@ class UnitRun {
         for (int row = 0; row < num_rows_; row++) {
             int64_t token = decode_.rows[tile_.rows[row / shape_.group]];
             int64_t head = int64_t(unit_.head) * shape_.group + row % shape_.group;
-            pack_row(q + (token * shape_.num_kv_heads * shape_.group + head) * shape_.dim, shape_.dim, q_.data() + row * depth_);
+            pack_row(q + (token * shape_.num_kv_heads * shape_.group + head) * shape_.dim, shape_.dim, q_ + row * depth_);
         }
     }
 
@@ -102,11 +103,11 @@ class UnitRun {
     }
 
     void score(const T* const* keys, int key, int count, int from, int to) {
-        pack_keys(keys, count, shape_.dim, keys_.data());
-        score_packed(keys_.data(), key, from, to);
+        pack_keys(keys, count, shape_.dim, keys_);
+        score_packed(keys_, key, from, to);
     }
     void score_packed(const Item* keys, int key, int from, int to) {
-        dot<P>(q_.data() + from * depth_, depth_, keys, depth_, to - from, scores_.data() + from * SCORES + BLOCK + key, SCORES);
+        dot<P>(q_ + from * depth_, depth_, keys, depth_, to - from, scores_ + from * SCORES + BLOCK + key, SCORES);
     }
 
     void score_base(int from, int to) {
@@ -134,7 +135,6 @@ class UnitRun {
 
     void score_built(const Residual& residual, int from, int to) {
         ResidualBlock<T> builder(residual.k, shape_.num_kv_heads, shape_.dim, unit_.head);
-        built_.resize(BLOCK * shape_.dim);
         const T* norm = residual.norm ? static_cast<const T*>(residual.norm) + unit_.head : nullptr;
         const T* change = residual.change ? static_cast<const T*>(residual.change) + unit_.head : nullptr;
         each_block([&](int key, int count) {
@@ -143,18 +143,18 @@ class UnitRun {
             factor_rows(residual.k, residual.slots, key, count, a);
             int first = unit_.first_key + key;
             builder.build(base, a, count, decode_.cos_sin + (tile_.first_position + first) * shape_.dim, norm, residual.k.stride,
-                          change, residual.change_stride, residual.slots, first, built_.data());
-            for (int i = 0; i < count; i++) rows[i] = built_.data() + i * shape_.dim;
+                          change, residual.change_stride, residual.slots, first, built_);
+            for (int i = 0; i < count; i++) rows[i] = built_ + i * shape_.dim;
             score(rows, key, count, from, to);
         });
     }
 
     // Softmax of one row over the unit, to base 2.
     void weigh(int row) {
-        float* scores = scores_.data() + row * SCORES + BLOCK;
+        float* scores = scores_ + row * SCORES + BLOCK;
         int seen = unit_.num_keys;
         if (tile_.limits) seen = int(std::clamp<int64_t>(tile_.limits[row / shape_.group] - unit_.first_key, 0, seen));
-        Item* weights = weights_.data() + row * WEIGHTS;
+        Item* weights = weights_ + row * WEIGHTS;
         int padded = (unit_.num_keys + BLOCK - 1) / BLOCK * BLOCK;
         for (int key = seen; key < padded; key++) scores[key] = HIDDEN;
         Vec top = splat(HIDDEN);
@@ -175,8 +175,8 @@ class UnitRun {
         each_block([&](int key, int count) {
             const T* rows[BLOCK];
             base_rows(decode_.base_v, key, count, rows);
-            pack_values(rows, count, shape_.dim, values_.data());
-            accumulate<P>(weights_.data() + key / P::PAIR, WEIGHTS, values_.data(), shape_.width, items<P>(count), num_rows_, out_,
+            pack_values(rows, count, shape_.dim, values_);
+            accumulate<P>(weights_ + key / P::PAIR, WEIGHTS, values_, shape_.width, items<P>(count), num_rows_, out_,
                           shape_.width);
         });
     }
@@ -188,8 +188,8 @@ class UnitRun {
         each_block([&](int key, int count) {
             const T* rows[BLOCK];
             factor_rows(residual.v, residual.slots, key, count, rows);
-            pack_values(rows, count, rank, values_.data());
-            accumulate<P>(weights_.data() + from * WEIGHTS + key / P::PAIR, WEIGHTS, values_.data(), whole_lanes(rank),
+            pack_values(rows, count, rank, values_);
+            accumulate<P>(weights_ + from * WEIGHTS + key / P::PAIR, WEIGHTS, values_, whole_lanes(rank),
                           items<P>(count), num_rows, recall_ + from * recalled_, recalled_);
         });
     }
@@ -200,9 +200,15 @@ class UnitRun {
     const Unit& unit_;
     const Tile& tile_;
     int num_rows_, depth_, recalled_;
-    std::vector<Item> q_, keys_, values_, weights_;
-    std::vector<T> built_;
-    std::vector<float> scores_;
+    struct Kept {
+        Buffer<Item> q, keys, values, weights;
+        Buffer<T> built;
+        Buffer<float> scores;
+    };
+    static inline thread_local Kept kept_;  // one unit runs at a time on a thread
+    Item *q_, *keys_, *values_, *weights_;
+    T* built_;
+    float* scores_;
     float *max_, *sum_, *recall_, *out_;
 };
 
@@ -342,15 +348,16 @@ class GatherUnit {
    public:
     GatherUnit(const Gather& gather, int head) : g_(gather), head_(head), dim_(int(gather.head_dim)) {
         if (g_.factors.rank) builder_.emplace_back(g_.factors, int(g_.num_kv_heads), dim_, head);
-        if (g_.is_packed) built_.resize(BLOCK * dim_), packed_.resize(items<P>(dim_) * BLOCK);
+        if (!g_.out) built_ = kept_.built.at_least(BLOCK * dim_);
+        if (g_.packed) packed_ = kept_.packed.at_least(items<P>(dim_) * BLOCK);
     }
 
     void run(int64_t first, int64_t end) {
         for (int64_t next; first < end; first = next) {
             next = std::min(end, (g_.first_position + first) / BLOCK * BLOCK + BLOCK - g_.first_position);
-            T* rows = g_.is_packed ? built_.data() : static_cast<T*>(g_.out) + head_ * g_.out_stride + first * dim_;
+            T* rows = g_.out ? static_cast<T*>(g_.out) + head_ * g_.out_stride + first * dim_ : built_;
             build(first, int(next - first), rows);
-            if (g_.is_packed) put_packed(first, int(next - first));
+            if (g_.packed && first < g_.num_residual) put_packed(rows, first, int(std::min(next, g_.num_residual) - first));
         }
     }
 
@@ -371,21 +378,27 @@ class GatherUnit {
     }
 
     // A block as `dot` reads it. Its other lanes are left alone: they are other tokens', written at another time.
-    void put_packed(int64_t first, int count) {
+    void put_packed(const T* keys, int64_t first, int count) {
         const T* rows[BLOCK];
-        for (int i = 0; i < count; i++) rows[i] = built_.data() + i * dim_;
-        pack_keys(rows, count, dim_, packed_.data());
+        for (int i = 0; i < count; i++) rows[i] = keys + i * dim_;
         int64_t position = g_.first_position + first;
-        Item* block = static_cast<Item*>(g_.out) + head_ * g_.out_stride / P::PAIR + position / BLOCK * items<P>(dim_) * BLOCK;
+        Item* block = static_cast<Item*>(g_.packed) + head_ * g_.packed_stride / P::PAIR + position / BLOCK * items<P>(dim_) * BLOCK;
+        if (count == BLOCK) return pack_keys(rows, count, dim_, block);
+        pack_keys(rows, count, dim_, packed_);
         for (int d = 0; d < items<P>(dim_); d++)
-            std::memcpy(block + d * BLOCK + position % BLOCK, packed_.data() + d * BLOCK, sizeof(Item) * count);
+            std::memcpy(block + d * BLOCK + position % BLOCK, packed_ + d * BLOCK, sizeof(Item) * count);
     }
 
     const Gather& g_;
     int head_, dim_;
     std::vector<ResidualBlock<T>> builder_;
-    std::vector<T> built_;
-    std::vector<Item> packed_;
+    struct Kept {
+        Buffer<T> built;
+        Buffer<Item> packed;
+    };
+    static inline thread_local Kept kept_;  // one unit is gathered at a time on a thread
+    T* built_ = nullptr;
+    Item* packed_ = nullptr;
 };
 
 template <class T>

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "vectors.h"
@@ -16,6 +17,20 @@ namespace forkkv {
 constexpr int BLOCK = 64;  // keys of a block: K and V of one head are 8 KiB each in bf16, within the first-level cache
 constexpr int VECS = BLOCK / LANES;
 constexpr int ROWS = 4;  // rows of a product: with 4 vectors each, 16 sums, 4 vectors and a scalar fit 32 registers
+
+// Memory that is kept from call to call and never cleared: a vector would write zeros into what is overwritten next.
+template <class T>
+class Buffer {
+   public:
+    T* at_least(size_t size) {
+        if (size > size_) data_.reset(new T[size]), size_ = size;
+        return data_.get();
+    }
+
+   private:
+    std::unique_ptr<T[]> data_;
+    size_t size_ = 0;
+};
 
 template <class P>
 constexpr int items(int depth) {

@@ -32,7 +32,7 @@ Decode = _struct(
 )
 Gather = _struct(
     "Gather",
-    "num_kv_heads head_dim num_tokens slots_first slots_listed pool out out_stride is_packed first_position "
+    "num_kv_heads head_dim num_tokens slots_first slots_listed pool out out_stride packed packed_stride first_position "
     "num_residual residual_first residual_listed a stride rank b cos_sin norm change change_stride num_threads",
 )
 Lora = _struct("Lora", "in_size x out out_stride num_segments segments num_threads")

@@ -63,9 +63,10 @@ struct Gather {
     int64_t num_tokens;
     Slots slots;
     const void* pool;  // [slots, num_kv_heads, head_dim]
-    void* out;         // [num_kv_heads, num_tokens, head_dim], or K packed as `Residual::merged_k` from position 0 on
+    void* out;           // [num_kv_heads, num_tokens, head_dim], or null
     int64_t out_stride;  // elements from one head to the next
-    int64_t is_packed;
+    void* packed;        // K of tokens [0, num_residual) as `Residual::merged_k` from position 0 on, or null
+    int64_t packed_stride;
     int64_t first_position;  // of the first token
     int64_t num_residual;  // tokens [0, num_residual) get the residual
     Slots residual_slots;

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from forkkv_kernels._cpu.library import functions_for
 from forkkv_kernels._cpu.structs import num_threads
+from forkkv_kernels.ops.huge_pages import prefer_huge_pages
 
 __all__ = ["PackedWeight", "pack_weight", "packed_linear"]
 
@@ -36,6 +37,7 @@ def pack_weight(weight: Tensor) -> PackedWeight | None:
     if functions is None or not functions.has_linear() or in_size % 2 or torch.cpu._is_amx_tile_supported():
         return None
     pairs = weight.new_empty(-(-out_size // _PANEL) * _PANEL * in_size)
+    prefer_huge_pages(pairs)
     functions.pack_weight(weight.contiguous().data_ptr(), pairs.data_ptr(), out_size, in_size, num_threads())
     return PackedWeight(pairs, out_size, in_size)
 

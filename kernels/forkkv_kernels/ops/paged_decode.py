@@ -22,11 +22,13 @@ __all__ = [
     "attend_tiles",
     "gather_heads",
     "is_available",
-    "pack_merged_k",
 ]
 
 MERGED_BLOCK = 64
 """Tokens of a block of whole K."""
+
+Listed = tuple[int, int]
+"""Slots: the first one, and the address of all of them, int64, or 0 where they are consecutive."""
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -52,41 +54,28 @@ def attend_tiles(
 
 
 def gather_heads(
-    pool: Tensor, out: Tensor, slots: tuple[int, int], num_residual: int, residual: Mapping[str, int], cos_sin: Tensor | None
-) -> None:
-    """out [Hkv, S, D] contiguous = K or V of S tokens of a pool [slots, Hkv, D], plus the low-rank part of the first
-    ``num_residual``.
-
-    slots: first slot, and the address of S slots, or 0 where they are consecutive. residual: the fields of ``Gather`` from
-    ``residual_first`` on. cos_sin [S, D] fp32 for K, None for V.
-    """
-    _gather(pool, out.data_ptr(), out.stride(0), out.shape[1], slots, num_residual, residual, cos_sin)
-
-
-def pack_merged_k(
-    pool: Tensor, out: Tensor, slots: tuple[int, int], start: int, end: int, residual: Mapping[str, int], cos_sin: Tensor
-) -> None:
-    """An adapter's whole K of the tokens at positions [start, end), to where ``attend_tiles`` reads it.
-
-    out [Hkv, M, D] contiguous, M a multiple of ``MERGED_BLOCK``: memory for positions [0, M) in an order of its own. cos_sin
-    [end - start, D] fp32; other arguments as of ``gather_heads``.
-    """
-    _gather(
-        pool, out.data_ptr(), out.stride(0), end - start, slots, end - start, residual, cos_sin,
-        is_packed=1, first_position=start,
-    )  # fmt: skip
-
-
-def _gather(
-    pool: Tensor, out: int, out_stride: int, num_tokens: int, slots: tuple[int, int], num_residual: int,
-    residual: Mapping[str, int], cos_sin: Tensor | None, **layout: int,
+    pool: Tensor, out: Tensor | None, slots: Listed, num_tokens: int, residual: Mapping[str, int],
+    cos_sin: Tensor | None = None, merged_k: Tensor | None = None, first_position: int = 0,
 ) -> None:  # fmt: skip
+    """K or V of consecutive tokens head by head, with the low-rank part of an adapter.
+
+    pool [slots, Hkv, D]; out [Hkv, num_tokens, D] contiguous, or None where only ``merged_k`` is wanted. residual: the fields
+    of ``Gather`` from ``num_residual`` on; that many tokens, the first ones, have it. cos_sin [num_tokens, D] fp32 of their
+    positions for K, None for V.
+    merged_k [Hkv, M, D] contiguous, M a multiple of ``MERGED_BLOCK``: memory for positions [0, M), to which K of tokens with a
+    residual is written in the order in which ``attend_tiles`` reads it; the first token stands at ``first_position``.
+    """
     functions = functions_for(pool)
     if functions is None:
-        raise RuntimeError(f"there is no gather of heads for {pool.dtype} on {pool.device}; ask is_available first")
+        raise RuntimeError(f"there is no gather_heads for {pool.dtype} on {pool.device}; ask is_available first")
     call = Gather(
         num_kv_heads=pool.shape[1], head_dim=pool.shape[2], num_tokens=num_tokens, slots_first=slots[0], slots_listed=slots[1],
-        pool=pool.data_ptr(), out=out, out_stride=out_stride, num_residual=num_residual,
-        cos_sin=cos_sin.data_ptr() if cos_sin is not None else 0, num_threads=num_threads(), **layout, **residual,
+        pool=pool.data_ptr(), first_position=first_position, num_threads=num_threads(), **residual,
     )  # fmt: skip
+    if out is not None:
+        call.out, call.out_stride = out.data_ptr(), out.stride(0)
+    if merged_k is not None:
+        call.packed, call.packed_stride = merged_k.data_ptr(), merged_k.stride(0)
+    if cos_sin is not None:
+        call.cos_sin = cos_sin.data_ptr()
     functions.gather(ctypes.byref(call))
