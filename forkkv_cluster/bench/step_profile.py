@@ -19,8 +19,12 @@ _PARTS: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
     # what, functions, file that they must be called from ("": any): no two of them contain each other
     ("linear layers", (("layers/linear.py", "__call__"),), "models/decoder.py"),
     ("LoRA", (("engine/step_lora.py", "qkv_"), ("engine/step_lora.py", "add_")), ""),
-    ("attention", (("engine/attention.py", "run"),), ""),
-    ("norms and rotation", (("reference/rms_norm.py", "rms_norm"), ("reference/rope.py", "apply_rope")), "models/decoder.py"),
+    ("attention", (("engine/attention.py", "run"), ("engine/native_attention.py", "run")), ""),
+    (
+        "norms, rotation, activation",
+        (("rms_norm.py", "add_rms_norm_"), ("store_kv.py", "store_kv"), ("silu_mul.py", "silu_mul")),
+        "models/decoder.py",
+    ),
     ("sampling", (("engine/sampler.py", "sample"),), ""),
     ("scheduling", (("engine/scheduler.py", "schedule"),), ""),
     (

@@ -9,7 +9,6 @@ from torch import Tensor
 from forkkv_cluster.cache.geometry import KVGeometry
 from forkkv_cluster.cache.merged_keys import MergedRun, whole_key_blocks
 
-
 _PAGE_BYTES = 4096
 
 

@@ -42,9 +42,10 @@ class UnitRun {
     static constexpr int SCORES = BLOCK + UNIT;     // of a row; the first block may begin before the unit does
 
    public:
-    UnitRun(const Decode& decode, const Shape& shape, const Unit& unit)
+    // `recalled_values`: a_v of the unit's keys by residual, as `pack_recalled` packs them.
+    UnitRun(const Decode& decode, const Shape& shape, const Unit& unit, const Item* recalled_values)
         : decode_(decode), shape_(shape), unit_(unit), tile_(*unit.tile), num_rows_(int(tile_.num_rows) * shape.group),
-          depth_(items<P>(shape.dim)), recalled_(recalled_width(tile_)) {
+          depth_(items<P>(shape.dim)), recalled_(recalled_width(tile_)), recalled_values_(recalled_values) {
         q_ = kept_.q.at_least(num_rows_ * depth_);
         keys_ = kept_.keys.at_least(depth_ * BLOCK);
         values_ = kept_.values.at_least(items<P>(BLOCK) * std::max(shape.width, recalled_));
@@ -69,8 +70,24 @@ class UnitRun {
         for (int row = 0; row < num_rows_; row++) weigh(row);
         recall_base();
         for (int i = 0; i < tile_.num_residuals; i++)
-            if (tile_.residuals[i].v.rank) recall(tile_.residuals[i]);
+            if (tile_.residuals[i].v.rank) recall(tile_.residuals[i], recalled_values_ + i * WEIGHTS * recalled_);
     }
+
+    // a_v of the unit's keys, for all heads: [residual][items(UNIT)][recalled width].
+    void pack_recalled(Item* out) {
+        for (int i = 0; i < tile_.num_residuals; i++) {
+            const Residual& residual = tile_.residuals[i];
+            int width = whole_lanes(int(residual.v.rank)), done = 0;
+            if (!width) continue;
+            each_block([&](int key, int count) {
+                const T* rows[BLOCK];
+                factor_rows(residual.v, residual.slots, key, count, rows);
+                pack_values(rows, count, int(residual.v.rank), out + i * WEIGHTS * recalled_ + done * width);
+                done += items<P>(count);
+            });
+        }
+    }
+    size_t recalled_size() const { return size_t(tile_.num_residuals) * WEIGHTS * recalled_; }
 
    private:
     void pack_queries() {
@@ -182,15 +199,13 @@ class UnitRun {
     }
 
     // P a_v of the adapter's rows.
-    void recall(const Residual& residual) {
-        int rank = int(residual.v.rank), from = int(residual.row_begin) * shape_.group;
+    void recall(const Residual& residual, const Item* values) {
+        int width = whole_lanes(int(residual.v.rank)), from = int(residual.row_begin) * shape_.group;
         int num_rows = int(residual.row_end) * shape_.group - from;
         each_block([&](int key, int count) {
-            const T* rows[BLOCK];
-            factor_rows(residual.v, residual.slots, key, count, rows);
-            pack_values(rows, count, rank, values_);
-            accumulate<P>(weights_ + from * WEIGHTS + key / P::PAIR, WEIGHTS, values_, whole_lanes(rank),
-                          items<P>(count), num_rows, recall_ + from * recalled_, recalled_);
+            accumulate<P>(weights_ + from * WEIGHTS + key / P::PAIR, WEIGHTS, values, width, items<P>(count), num_rows,
+                          recall_ + from * recalled_, recalled_);
+            values += items<P>(count) * width;
         });
     }
 
@@ -200,6 +215,7 @@ class UnitRun {
     const Unit& unit_;
     const Tile& tile_;
     int num_rows_, depth_, recalled_;
+    const Item* recalled_values_;
     struct Kept {
         Buffer<Item> q, keys, values, weights;
         Buffer<T> built;
@@ -226,7 +242,12 @@ void run_heads(const Decode& decode, const Shape& shape, const Unit* units) {
             __builtin_prefetch(static_cast<const T*>(decode.base_v) + at + d, 0, 2);
         }
     }
-    for (int head = 0; head < shape.num_kv_heads; head++) UnitRun<T>(decode, shape, units[head]).run();
+    typedef typename PackingOf<T>::type::Item Item;
+    static thread_local Buffer<Item> kept;
+    UnitRun<T> first(decode, shape, units[0], nullptr);
+    Item* recalled_values = kept.at_least(first.recalled_size());
+    first.pack_recalled(recalled_values);
+    for (int head = 0; head < shape.num_kv_heads; head++) UnitRun<T>(decode, shape, units[head], recalled_values).run();
 }
 
 // What the units found for one row and query head, merged.

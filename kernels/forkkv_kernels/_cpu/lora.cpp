@@ -25,17 +25,39 @@ inline float dot_product(const bf16* a, const bf16* b, int count) {
     return sum(total);
 }
 
+// Columns [from, from + M vectors): each row of b is read M vectors at a time, in the order in which it lies.
+template <class T, int M>
+void expand_columns(const T* b, int64_t width, const float* shrunk, int64_t rank, T* out) {
+    Vec sums[M];
+    for (int m = 0; m < M; m++) sums[m] = load(out + m * LANES);
+    for (int64_t r = 0; r < rank; r++)
+        for (int m = 0; m < M; m++) sums[m] += load(b + r * width + m * LANES) * shrunk[r];
+    for (int m = 0; m < M; m++) store(sums[m], out + m * LANES);
+}
+
 template <class T>
 void expand(const LoraPart& part, const float* shrunk, int64_t from, int64_t to, T* out) {
     int64_t width = part.out_end - part.out_begin, rank = part.rank_end - part.rank_begin;
     const T* b = static_cast<const T*>(part.b);
     T* row = out + part.out_begin;
-    for (int64_t o = from; o < to; o += LANES) {
-        int some = int(to - o);
-        Vec total = load_some(row + o, some);
-        for (int64_t r = 0; r < rank; r++) total += load_some(b + r * width + o, some) * shrunk[part.rank_begin + r];
-        store_some(total, row + o, some);
-    }
+    const float* own = shrunk + part.rank_begin;
+    int64_t o = from;
+    for (; o + 8 * LANES <= to; o += 8 * LANES) expand_columns<T, 8>(b + o, width, own, rank, row + o);
+    for (; o + LANES <= to; o += LANES) expand_columns<T, 1>(b + o, width, own, rank, row + o);
+    if (o == to) return;
+    int some = int(to - o);
+    Vec total = load_some(row + o, some);
+    for (int64_t r = 0; r < rank; r++) total += load_some(b + r * width + o, some) * own[r];
+    store_some(total, row + o, some);
+}
+
+// Asks for what a part's columns [from, to) will read, while the shrink computes.
+template <class T>
+void prefetch(const LoraPart& part, int64_t from, int64_t to) {
+    int64_t width = part.out_end - part.out_begin;
+    for (int64_t r = 0; r < part.rank_end - part.rank_begin; r++)
+        for (int64_t o = from; o < to; o += 64 / int64_t(sizeof(T)))
+            __builtin_prefetch(static_cast<const T*>(part.b) + r * width + o, 0, 2);
 }
 
 template <class T>
@@ -51,8 +73,19 @@ void apply(const Lora& lora) {
     std::vector<int64_t> first(lora.num_segments, 0);
     for (int s = 1; s < lora.num_segments; s++)
         first[s] = first[s - 1] + lora.segments[s - 1].row_end - lora.segments[s - 1].row_begin;
+    // Work is cut by segment and half of the outputs, so that one segment serves two threads.
+    auto each_piece = [&](int64_t piece, auto work) {
+        const LoraSegment& segment = lora.segments[piece / 2];
+        for (int p = 0; p < segment.num_parts; p++) {
+            int64_t width = segment.parts[p].out_end - segment.parts[p].out_begin, half = width / 2 / LANES * LANES;
+            work(segment, segment.parts[p], piece % 2 ? half : 0, piece % 2 ? width : half);
+        }
+    };
 #pragma omp parallel num_threads(int(lora.num_threads))
     {
+#pragma omp for schedule(static) nowait
+        for (int64_t piece = 0; piece < 2 * lora.num_segments; piece++)
+            each_piece(piece, [](const LoraSegment&, const LoraPart& part, int64_t from, int64_t to) { prefetch<T>(part, from, to); });
 #pragma omp for collapse(2) schedule(static)
         for (int64_t s = 0; s < lora.num_segments; s++) {
             for (int64_t r = 0; r < widest; r++) {
@@ -66,15 +99,12 @@ void apply(const Lora& lora) {
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t s = 0; s < lora.num_segments * 2; s++) {  // halves of the outputs, so that one segment serves two threads
-            const LoraSegment& segment = lora.segments[s / 2];
-            for (int p = 0; p < segment.num_parts; p++) {
-                const LoraPart& part = segment.parts[p];
-                int64_t width = part.out_end - part.out_begin, half = width / 2 / LANES * LANES;
+        for (int64_t piece = 0; piece < 2 * lora.num_segments; piece++) {
+            each_piece(piece, [&](const LoraSegment& segment, const LoraPart& part, int64_t from, int64_t to) {
                 for (int64_t row = segment.row_begin; row < segment.row_end; row++)
-                    expand(part, shrunk + (first[s / 2] + row - segment.row_begin) * widest, s % 2 ? half : 0,
-                           s % 2 ? width : half, static_cast<T*>(lora.out) + row * lora.out_stride);
-            }
+                    expand(part, shrunk + (first[piece / 2] + row - segment.row_begin) * widest, from, to,
+                           static_cast<T*>(lora.out) + row * lora.out_stride);
+            });
         }
     }
 }
