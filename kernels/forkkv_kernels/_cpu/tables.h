@@ -1,4 +1,4 @@
-// What Python hands over: rows of 64-bit integers, addresses among them. The field order is that of ``tables.py``.
+// What Python hands over: rows of 64-bit integers, addresses among them. The field order is that of ``structs.py``.
 #pragma once
 
 #include <cstdint>
@@ -78,7 +78,7 @@ struct Gather {
     int64_t num_threads;
 };
 
-// One module of a LoRA group: its columns of the shrink, its columns of the output, b [rank, out_end - out_start].
+// One module of a LoRA group: its columns of the shrink, its columns of the output, b [rank, out_end - out_begin].
 struct LoraPart {
     int64_t rank_begin, rank_end, out_begin, out_end;
     const void* b;
