@@ -82,7 +82,7 @@ class Case:
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
         self.q = self.random(2 * self.num_rows, HKV * self.group, self.head_dim)
-        self.rows = torch.arange(2 * self.num_rows).flip(0)[:: 2][: self.num_rows].contiguous()
+        self.rows = torch.arange(2 * self.num_rows).flip(0)[::2][: self.num_rows].contiguous()
         num_slots = sum(3 * tile.num_keys + 5 for tile in self.tiles)
         self.base_k, self.base_v = (torch.full((num_slots, HKV, self.head_dim), math.nan, dtype=self.dtype) for _ in "kv")
         self.k_pool, self.v_pool = (
@@ -156,7 +156,16 @@ class Case:
             residuals.append(list(columns.values()))
         limits = address(tile.limits) if tile.limits is not None else 0
         base = located(self.slots[number])
-        return [tile.first, tile.num_keys, *base, len(tile.rows), address(tile.rows), limits, len(residuals), address(residuals)]
+        return [
+            tile.first,
+            tile.num_keys,
+            *base,
+            len(tile.rows),
+            address(tile.rows),
+            limits,
+            len(residuals),
+            address(residuals),
+        ]
 
     def expected(self) -> Tensor:
         """[num_rows, Hq, D] float64."""

@@ -59,7 +59,9 @@ def test_add_and_norm(width: int, num_rows: int, has_delta: bool, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eps_keeps_the_norm_of_a_zero_row_finite(dtype: torch.dtype) -> None:
-    assert torch.equal(add_rms_norm_(torch.zeros(2, 20, dtype=dtype), None, torch.ones(20, dtype=dtype), 1e-6), torch.zeros(2, 20))
+    assert torch.equal(
+        add_rms_norm_(torch.zeros(2, 20, dtype=dtype), None, torch.ones(20, dtype=dtype), 1e-6), torch.zeros(2, 20)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
