@@ -26,7 +26,7 @@ def check(case: Case) -> None:
 
 
 def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    """In bf16 weights and a K built from a residual are rounded to 8 bits, as in the references: a few parts in a hundred of
+    """In bf16 weights and a K built from a residual are rounded to 8 bits, as in the references: some parts in a thousand of
     what values of size 1 and more average to."""
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
