@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from forkkv_kernels.ops.paged_decode import RESIDUAL_FIELDS, TILE_FIELDS, attend_tiles
+from forkkv_kernels.ops.paged_decode import MERGED_BLOCK, RESIDUAL_FIELDS, TILE_FIELDS, attend_tiles, gather_heads
 from torch import Tensor
 
 from tests.kernels.test_rope import table
@@ -54,7 +54,8 @@ class Tile:
 
 @dataclass(eq=False)
 class Factors:
-    """Of one adapter: b [r, HKV, D]; of one part, by token: a [S, r], norm and change [S, HKV], merged_k [HKV, S, D]."""
+    """Of one adapter: b [r, HKV, D]; of one part, by token: a [S, r], norm and change [S, HKV], merged_k [S, HKV, D] and
+    where the op reads it."""
 
     k_b: Tensor
     v_b: Tensor
@@ -63,6 +64,7 @@ class Factors:
     norm: Tensor
     change: Tensor
     merged_k: Tensor
+    packed_k: Tensor
     slots: Tensor
 
 
@@ -100,20 +102,20 @@ class Case:
                 pool[slots] = self.random(tile.num_keys, HKV, self.head_dim)
             for index, part in enumerate(tile.parts):
                 slots, next_own = _slots(tile, next_own)
-                self.parts[number, index] = self._factors(self.adapters[part.adapter], b[part.adapter], tile.num_keys, slots)
+                self.parts[number, index] = self._factors(self.adapters[part.adapter], b[part.adapter], tile, slots)
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator).to(self.dtype)
 
-    def _factors(self, adapter: Adapter, b: list[Tensor], num_keys: int, slots: Tensor) -> Factors:
+    def _factors(self, adapter: Adapter, b: list[Tensor], tile: Tile, slots: Tensor) -> Factors:
+        num_keys = tile.num_keys
         k_b, v_b = b
         k_a, v_a = ((self.random(num_keys, r) * (0.5 / math.sqrt(max(r, 1)))).to(self.dtype) for r in (len(k_b), len(v_b)))
         norm, change = ((0.2 * self.random(num_keys, HKV) + x).to(self.dtype) for x in (1.0, 0.0))
-        merged_k = self.random(HKV, num_keys + 9, self.head_dim)
+        merged_k = self.random(num_keys, HKV, self.head_dim)
         self.k_pool[slots, : k_a.shape[1]], self.v_pool[slots, : v_a.shape[1]] = k_a, v_a
         self.k_pool[slots, K_STRIDE - HKV :], self.v_pool[slots, V_STRIDE - HKV :] = norm, change
-        merged_k[:, :4], merged_k[:, 4 + num_keys :] = math.nan, math.nan
-        return Factors(k_b, v_b, k_a, v_a, norm, change, merged_k, slots)
+        return Factors(k_b, v_b, k_a, v_a, norm, change, merged_k, packed(merged_k, tile.first), slots)
 
     def run(self, tiles: Sequence[int] | None = None) -> Tensor:
         """What the op writes: [num_rows, Hq, D], and that it writes nothing else."""
@@ -151,8 +153,8 @@ class Case:
                 columns["change"] = self.v_pool[0, V_STRIDE - HKV :].data_ptr()
                 columns["change_stride"] = V_STRIDE
             if adapter.is_merged:
-                columns["merged_k"] = factors.merged_k[0, 4].data_ptr()
-                columns["merged_stride"] = factors.merged_k.stride(0)
+                columns["merged_k"] = factors.packed_k.data_ptr()
+                columns["merged_stride"] = factors.packed_k.stride(0)
             residuals.append(list(columns.values()))
         limits = address(tile.limits) if tile.limits is not None else 0
         base = located(self.slots[number])
@@ -193,9 +195,22 @@ class Case:
                 added = rotated(product(own.k_a, own.k_b), self.cos_sin[tile.first :][: tile.num_keys])
                 if adapter.is_scaled:
                     k, added = k * (1 + own.change.double())[..., None], added * own.norm.double()[..., None]
-                merged_k = own.merged_k[:, 4:][:, : tile.num_keys].transpose(0, 1).double()
-                k, v = merged_k if adapter.is_merged else k + added, v + product(own.v_a, own.v_b)
+                k, v = own.merged_k.double() if adapter.is_merged else k + added, v + product(own.v_a, own.v_b)
         return k, v
+
+
+def packed(k: Tensor, first: int) -> Tensor:
+    """k [S, H, D] of tokens from ``first`` on, where attention reads whole K; NaN elsewhere. Nothing is written beside it."""
+    num_keys, num_heads, head_dim = k.shape
+    size = -(-(first + num_keys) // MERGED_BLOCK) * MERGED_BLOCK
+    memory = torch.full((num_heads + 2, size, head_dim), math.nan, dtype=k.dtype)
+    memory[0] = memory[-1] = UNSET
+    zero = torch.zeros(num_keys + 1, num_heads * head_dim, dtype=k.dtype)
+    fields = {"num_residual": num_keys, "a": zero.data_ptr(), "stride": 1, "rank": 1, "b": zero.data_ptr()}
+    cos_sin = table(first + num_keys + 1, head_dim)[first:].contiguous()
+    gather_heads(k, None, (0, 0), num_keys, fields, cos_sin, memory[1:-1], first)
+    assert (memory[[0, -1]] == UNSET).all()
+    return memory[1:-1]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -46,14 +46,14 @@ class Sequence:
         out = self.base.new_full((HKV, num_tokens, head_dim), math.nan) if out is None else out
         slots, own_slots = (np.array(x.tolist(), dtype=np.int64) for x in (self.slots, self.own_slots))
         fields = {
-            "residual_first": 0, "residual_listed": own_slots.ctypes.data, "a": self.own_pool.data_ptr(), "stride": STRIDE,
+            "num_residual": len(self.a), "residual_first": 0, "residual_listed": own_slots.ctypes.data, "a": self.own_pool.data_ptr(), "stride": STRIDE,
             "rank": len(self.b), "b": self.b.data_ptr(),
         }  # fmt: skip
         if is_scaled:
             first = self.own_pool.data_ptr() + (STRIDE - 2 * HKV) * self.own_pool.itemsize
             fields |= {"norm": first, "change": first + HKV * self.own_pool.itemsize, "change_stride": STRIDE}
         cos_sin = self.cos_sin if plane == "k" else None
-        gather_heads(self.pool, out, (0, slots.ctypes.data), len(self.a), fields, cos_sin)
+        gather_heads(self.pool, out, (0, slots.ctypes.data), num_tokens, fields, cos_sin)
         return out
 
     def expected(self, plane: str, is_scaled: bool = False) -> Tensor:

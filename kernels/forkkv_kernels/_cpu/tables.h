@@ -28,7 +28,8 @@ struct Residual {
     const void* norm;      // QK-norm: n(k) and its change, [slots, num_kv_heads] at the strides of k.a and v.a; else null
     const void* change;
     int64_t change_stride;
-    const void* merged_k;  // whole K, instead of base K and k: [num_kv_heads][position / 64][head_dim][64], as `pack_keys` packs
+    const void* merged_k;  // whole K, instead of base K and k: [num_kv_heads][position / 64][head_dim][64], as `pack_keys` packs,
+                           // or [num_kv_heads][position][head_dim] where a packed key is larger than a key
     int64_t merged_stride;  // elements from one head to the next
 };
 
