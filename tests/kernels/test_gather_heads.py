@@ -46,7 +46,8 @@ class Sequence:
         out = self.base.new_full((HKV, num_tokens, head_dim), math.nan) if out is None else out
         slots, own_slots = (np.array(x.tolist(), dtype=np.int64) for x in (self.slots, self.own_slots))
         fields = {
-            "num_residual": len(self.a), "residual_first": 0, "residual_listed": own_slots.ctypes.data, "a": self.own_pool.data_ptr(), "stride": STRIDE,
+            "num_residual": len(self.a),
+            "residual_first": 0, "residual_listed": own_slots.ctypes.data, "a": self.own_pool.data_ptr(), "stride": STRIDE,
             "rank": len(self.b), "b": self.b.data_ptr(),
         }  # fmt: skip
         if is_scaled:
