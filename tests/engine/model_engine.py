@@ -23,13 +23,21 @@ class ModelEngine(FakeEngine):
     """fp32; memory starts as NaN. ``num_slabs`` of KV, ``scheduler`` as ``SchedulerConfig``."""
 
     def __init__(
-        self, model_dir: Path, adapter_dirs: Mapping[str, Path], page_size: int = 16, num_slabs: int = 400, **scheduler: int
+        self,
+        model_dir: Path,
+        adapter_dirs: Mapping[str, Path],
+        page_size: int = 16,
+        num_slabs: int = 400,
+        *,
+        merged_share: float = 0.5,
+        **scheduler: int,
     ) -> None:
         self.page_size = page_size
         self.runner = TorchRunner.from_directory(model_dir, dtype="float32", device="cpu", page_size=page_size)  # type: ignore[assignment]
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 64, "max_num_seqs": 16, **scheduler})
-        self.engine = Engine(self.runner, num_slabs * self.runner.geometry.slab_bytes, config, self.clock)
+        kv_bytes = num_slabs * self.runner.geometry.slab_bytes
+        self.engine = Engine(self.runner, kv_bytes, config, self.clock, merged_share=merged_share)
         self.runner.kv.arena.fill_(float("nan"))  # type: ignore[attr-defined]
         self.adapters = {}
         for name, path in adapter_dirs.items():

@@ -15,6 +15,10 @@ namespace {
 constexpr int UNIT = 256;
 constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
 
+// Whether packed K is as large as K. Where it is larger (bf16 without its dot product), whole K stays rows of elements.
+template <class T>
+constexpr bool is_packed_in_place = sizeof(typename PackingOf<T>::type::Item) == sizeof(T) * PackingOf<T>::type::PAIR;
+
 struct Unit {
     const Tile* tile;
     int first_key, num_keys, head;
@@ -79,7 +83,7 @@ class UnitRun {
             const Residual& residual = tile_.residuals[i];
             int width = whole_lanes(int(residual.v.rank)), done = 0;
             if (!width) continue;
-            each_block([&](int key, int count) {
+            each_block_of_weights([&](int key, int count) {
                 const T* rows[BLOCK];
                 factor_rows(residual.v, residual.slots, key, count, rows);
                 pack_values(rows, count, int(residual.v.rank), out + i * WEIGHTS * recalled_ + done * width);
@@ -106,6 +110,11 @@ class UnitRun {
             next = std::min(unit_.num_keys, key + BLOCK - lane(key));
             work(key, next - key);
         }
+    }
+    // The same from the unit's first key on: weights are packed in pairs from there, so that no block may begin within one.
+    template <class F>
+    void each_block_of_weights(F work) {
+        for (int key = 0; key < unit_.num_keys; key += BLOCK) work(key, std::min(BLOCK, unit_.num_keys - key));
     }
     // Place of a key in its block.
     int lane(int key) const { return int((tile_.first_position + unit_.first_key + key) % BLOCK); }
@@ -139,6 +148,7 @@ class UnitRun {
     // Against the adapter's own K: read where it is at hand, built from base K and the residual where not.
     void score_own(const Residual& residual, int from, int to) {
         if (!residual.merged_k) return score_built(residual, from, to);
+        if (!is_packed_in_place<T>) return score_rows(residual, from, to);
         const Item* merged = static_cast<const Item*>(residual.merged_k) + unit_.head * residual.merged_stride / P::PAIR;
         each_block([&](int key, int) {
             int64_t position = tile_.first_position + unit_.first_key + key, size = int64_t(depth_) * BLOCK;
@@ -147,6 +157,16 @@ class UnitRun {
             for (int64_t i = 0; i < size; i += 64 / int(sizeof(Item))) __builtin_prefetch(later + i, 0, 2);
             // Scores of keys before the first one of the unit are written, too: into room that nobody reads.
             score_packed(block, key - lane(key), from, to);
+        });
+    }
+
+    void score_rows(const Residual& residual, int from, int to) {
+        const T* merged = static_cast<const T*>(residual.merged_k) + unit_.head * residual.merged_stride;
+        each_block([&](int key, int count) {
+            const T* rows[BLOCK];
+            for (int i = 0; i < count; i++)
+                rows[i] = merged + (tile_.first_position + unit_.first_key + key + i) * shape_.dim;
+            score(rows, key, count, from, to);
         });
     }
 
@@ -189,7 +209,7 @@ class UnitRun {
     }
 
     void recall_base() {
-        each_block([&](int key, int count) {
+        each_block_of_weights([&](int key, int count) {
             const T* rows[BLOCK];
             base_rows(decode_.base_v, key, count, rows);
             pack_values(rows, count, shape_.dim, values_);
@@ -202,7 +222,7 @@ class UnitRun {
     void recall(const Residual& residual, const Item* values) {
         int width = whole_lanes(int(residual.v.rank)), from = int(residual.row_begin) * shape_.group;
         int num_rows = int(residual.row_end) * shape_.group - from;
-        each_block([&](int key, int count) {
+        each_block_of_weights([&](int key, int count) {
             accumulate<P>(weights_ + from * WEIGHTS + key / P::PAIR, WEIGHTS, values, width, items<P>(count), num_rows,
                           recall_ + from * recalled_, recalled_);
             values += items<P>(count) * width;
@@ -403,6 +423,11 @@ class GatherUnit {
         const T* rows[BLOCK];
         for (int i = 0; i < count; i++) rows[i] = keys + i * dim_;
         int64_t position = g_.first_position + first;
+        if (!is_packed_in_place<T>) {
+            T* at = static_cast<T*>(g_.packed) + head_ * g_.packed_stride + position * dim_;
+            std::memcpy(at, keys, sizeof(T) * count * dim_);
+            return;
+        }
         Item* block = static_cast<Item*>(g_.packed) + head_ * g_.packed_stride / P::PAIR + position / BLOCK * items<P>(dim_) * BLOCK;
         if (count == BLOCK) return pack_keys(rows, count, dim_, block);
         pack_keys(rows, count, dim_, packed_);

@@ -19,7 +19,6 @@ import torch
 SOURCE_DIR = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-psabi")
 CACHE_VARIABLE = "FORKKV_KERNELS_CACHE"
-_TIMEOUT_S = 300
 
 
 class BuildError(Exception):
@@ -28,13 +27,20 @@ class BuildError(Exception):
 
 def built_library() -> Path:
     """The compiled library, compiled now unless the cache has it. Raises BuildError."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise BuildError("no C++ compiler was found. Install g++, or name one in CXX.")
+    compiler = _compiler()
     library = _cache_dir() / f"cpu-{_identity(compiler)}.so"
     if not library.exists():
         _compile(compiler, library)
     return library
+
+
+def _compiler() -> list[str]:
+    """The command; CXX may hold arguments, too, as in ``ccache g++``."""
+    named = os.environ.get("CXX", "").split()
+    found = named or [path for path in (shutil.which("g++"), shutil.which("c++")) if path is not None][:1]
+    if not found:
+        raise BuildError("no C++ compiler was found. Install g++, or name one in CXX.")
+    return found
 
 
 def _cache_dir() -> Path:
@@ -45,19 +51,16 @@ def _cache_dir() -> Path:
     return Path(home) / "forkkv_kernels"
 
 
-def _identity(compiler: str) -> str:
+def _identity(compiler: list[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted((*SOURCE_DIR.glob("*.h"), *SOURCE_DIR.glob("*.cpp"))):
         digest.update(path.name.encode() + path.read_bytes())
-    digest.update(" ".join((*FLAGS, compiler, _version(compiler), torch.__version__, _processor())).encode())
+    digest.update(" ".join((*FLAGS, *compiler, _version(compiler), torch.__version__, _processor())).encode())
     return digest.hexdigest()[:16]
 
 
-def _version(compiler: str) -> str:
-    try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"{compiler} does not run: {error}") from error
+def _version(compiler: list[str]) -> str:
+    return _run([*compiler, "--version"], timeout_s=60)
 
 
 def _processor() -> str:
@@ -70,19 +73,27 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     sources = [str(path) for path in sorted(SOURCE_DIR.glob("*.cpp"))]
     try:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             output = Path(scratch) / "cpu.so"
-            command = [compiler, *FLAGS, "-o", str(output), *sources, *_openmp()]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
-            if done.returncode:
-                raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+            _run([*compiler, *FLAGS, "-o", str(output), *sources, *_openmp()], timeout_s=300)
             output.replace(library)  # at once: other processes see all of it or nothing
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError as error:
         raise BuildError(f"compiling to {library} failed: {error}") from error
+
+
+def _run(command: list[str], timeout_s: float) -> str:
+    """What the command prints. Raises BuildError with what it says when it fails, in whatever encoding."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=timeout_s)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def _openmp() -> list[str]:

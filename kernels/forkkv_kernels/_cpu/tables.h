@@ -1,4 +1,4 @@
-// What Python hands over: rows of 64-bit integers, addresses among them. The field order is that of ``tables.py``.
+// What Python hands over: rows of 64-bit integers, addresses among them. The field order is that of ``structs.py``.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,8 @@ struct Residual {
     const void* norm;      // QK-norm: n(k) and its change, [slots, num_kv_heads] at the strides of k.a and v.a; else null
     const void* change;
     int64_t change_stride;
-    const void* merged_k;  // whole K, instead of base K and k: [num_kv_heads][position / 64][head_dim][64], as `pack_keys` packs
+    const void* merged_k;  // whole K, instead of base K and k: [num_kv_heads][position / 64][head_dim][64], as `pack_keys` packs,
+                           // or [num_kv_heads][position][head_dim] where a packed key is larger than a key
     int64_t merged_stride;  // elements from one head to the next
 };
 
@@ -78,7 +79,7 @@ struct Gather {
     int64_t num_threads;
 };
 
-// One module of a LoRA group: its columns of the shrink, its columns of the output, b [rank, out_end - out_start].
+// One module of a LoRA group: its columns of the shrink, its columns of the output, b [rank, out_end - out_begin].
 struct LoraPart {
     int64_t rank_begin, rank_end, out_begin, out_end;
     const void* b;

@@ -38,19 +38,25 @@ def pack_weight(weight: Tensor) -> PackedWeight | None:
         return None
     pairs = weight.new_empty(-(-out_size // _PANEL) * _PANEL * in_size)
     prefer_huge_pages(pairs)
-    functions.pack_weight(weight.contiguous().data_ptr(), pairs.data_ptr(), out_size, in_size, num_threads())
+    rows = weight.contiguous()  # named: a copy has to live until it is read
+    functions.pack_weight(rows.data_ptr(), pairs.data_ptr(), out_size, in_size, num_threads())
     return PackedWeight(pairs, out_size, in_size)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x [T, in] bf16, bias [out] bf16 -> [T, out]. A row's result does not depend on the other rows."""
+    """x [T, in] bf16, bias [out] bf16 -> [T, out]. A row's result does not depend on the other rows.
+
+    Raises ValueError where x is not bf16 or does not fit the weight.
+    """
+    if x.dtype != torch.bfloat16 or x.shape[1] != weight.in_size:
+        raise ValueError(f"x is {list(x.shape)} {x.dtype}, not [T, {weight.in_size}] torch.bfloat16")
     functions = functions_for(x)
     if functions is None:
         raise RuntimeError(f"there is no packed_linear for {x.dtype} on {x.device}")
-    rows = x.contiguous()
+    rows, added = x.contiguous(), bias.contiguous() if bias is not None else None
     out = x.new_empty(len(x), weight.out_size)
     functions.linear(
-        rows.data_ptr(), weight.pairs.data_ptr(), bias.data_ptr() if bias is not None else None, out.data_ptr(),
+        rows.data_ptr(), weight.pairs.data_ptr(), added.data_ptr() if added is not None else None, out.data_ptr(),
         len(x), weight.out_size, weight.in_size, num_threads(),
     )  # fmt: skip
     return out

@@ -18,5 +18,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return reference.silu_mul(gate_up)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_rows, width)
-    functions.silu_mul(gate_up.contiguous().data_ptr(), out.data_ptr(), num_rows, width, num_threads())
+    rows = gate_up.contiguous()  # named: a copy has to live until it is read
+    functions.silu_mul(rows.data_ptr(), out.data_ptr(), num_rows, width, num_threads())
     return out

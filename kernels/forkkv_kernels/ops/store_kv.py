@@ -20,11 +20,12 @@ def store_kv(
     qkv: Tensor, cos_sin: Tensor, norms: HeadNorms | None, slots: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
     """qkv [T, Hq + 2 Hkv, D] contiguous, cos_sin [T, D] fp32, slots [T] int64 (-1: not kept), caches [slots, Hkv, D]
-    contiguous -> q [T, Hq, D] rotated."""
+    contiguous -> q [T, Hq, D] rotated, contiguous."""
     functions = functions_for(qkv)
     num_rows, num_all_heads, head_dim = qkv.shape
     if functions is None or head_dim > _MAX_HEAD_DIM:
-        return reference.store_kv(qkv, cos_sin, norms, slots, key_cache, value_cache)
+        q = reference.store_kv(qkv, cos_sin, norms, slots, key_cache, value_cache)
+        return q.contiguous()  # ``attend_tiles`` reads it by its address
     num_kv_heads = key_cache.shape[1]
     num_heads = num_all_heads - 2 * num_kv_heads
     q = qkv.new_empty(num_rows, num_heads, head_dim)
