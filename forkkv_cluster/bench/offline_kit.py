@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from forkkv_cluster.bench.measurement import Measurement
@@ -37,7 +38,25 @@ def run_offline(
     bench = OfflineBench(make_engine, tuple(kit.adapter_dirs), page_size, repeats, on_run)
     suite = suite or Suite()
     rows = bench.measure(suite, peer_seconds if peer is not None else None)
+    rows += _without_k(directory, spec, suite, repeats, num_threads, on_run)
     return rows + _step_shares(kit, suite, page_size, num_threads, on_run)
+
+
+def _without_k(
+    directory: Path, spec: SpeedSpec, suite: Suite, repeats: int, num_threads: int, on_run: OnRun
+) -> list[Measurement]:
+    """What is left of the cost of sharing where no adapter has K of its own, which decoding has to read."""
+    targets = tuple(target for target in spec.targets if target != "k_proj")
+    kit = build_speed_kit(directory.with_name(f"{directory.name}-without-k"), replace(spec, targets=targets))
+    config = engine_config(kit, suite.kv_bytes, num_threads)
+    engine = Engine.from_config(config)
+    bench = OfflineBench(lambda _: engine, tuple(kit.adapter_dirs), config.cache.page_size, repeats, on_run)
+    seconds = {mode: bench.wall_s(engine, suite.eight, mode) for mode in (NO_ADAPTER, "eager")}
+    name = f"{suite.eight.name}, adapters that leave k alone: eager"
+    return [
+        Measurement(name, seconds["eager"], "s"),
+        Measurement(f"{name} over no adapters", seconds[NO_ADAPTER] / seconds["eager"], "x"),
+    ]
 
 
 def _step_shares(kit: SpeedKit, suite: Suite, page_size: int, num_threads: int, on_run: OnRun) -> list[Measurement]:

@@ -17,12 +17,9 @@ import torch
 
 from forkkv_cluster.testing.tiny_models import quiet_hub, sort_targets
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
 @dataclass(frozen=True, slots=True)
 class SpeedSpec:
-    """82M parameters, embeddings tied, bf16. Adapters of ``lora_rank`` on q, k, v and o."""
+    """82M parameters, embeddings tied, bf16. Adapters of ``lora_rank`` on ``targets``."""
 
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -34,6 +31,7 @@ class SpeedSpec:
     max_position: int = 16384
     lora_rank: int = 16
     num_adapters: int = 16
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def _write(root: Path, names: list[str], spec: SpeedSpec) -> None:
         model.save_pretrained(str(root / "model"))
         for name in names:
             config = LoraConfig(
-                r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=list(TARGETS), init_lora_weights=False,
+                r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=list(spec.targets), init_lora_weights=False,
                 task_type="CAUSAL_LM",
             )  # fmt: skip
             adapted = get_peft_model(model, config)

@@ -34,6 +34,7 @@ def test_every_workload_runs_and_no_shared_token_runs_again(tmp_path: Path):
     assert rows["eight: eager over no adapters"] == pytest.approx(rows["eight: no adapters"] / rows["eight: eager"])
     assert rows["fork: tokens run again"] == 0
     assert rows["eight, 1 MiB pool: residual over isolated"] > 0
+    assert rows["eight, adapters that leave k alone: eager over no adapters"] > 0
     lora = []
     for mode in ("no adapters", "eager"):
         whole = rows[f"eight, {mode}: a decode step under the profiler"]
