@@ -17,6 +17,7 @@ import torch
 
 from forkkv_cluster.testing.tiny_models import quiet_hub, sort_targets
 
+
 @dataclass(frozen=True, slots=True)
 class SpeedSpec:
     """82M parameters, embeddings tied, bf16. Adapters of ``lora_rank`` on ``targets``."""
