@@ -92,7 +92,7 @@ class ContextCache:
             while plan.block < lease.num_blocks_in_tree and self._end(lease, plan.block) <= num_computed:
                 self._file_residual(lease, plan)
 
-    def release(self, lease: ContextLease) -> None:
+    def release(self, lease: ContextLease, is_cold: bool = False) -> None:
         """Give back what was not filed; what was filed stays cached."""
         if lease.is_released:
             raise ValueError("lease released twice")
@@ -102,7 +102,10 @@ class ContextCache:
         for plan in lease.residuals:
             unfiled = plan.pages[plan.block : plan.num_pages]
             self._memory.free(plan.key.rank_class, [int(p) for p in unfiled])
+        deepest = lease.pinned
         self._unpin(lease)
+        if is_cold and deepest is not None:
+            self._tree.cool(deepest)
 
     def restore(self, key: PrefixKey, tokens: TokenArray, context_len: int, residuals: Sequence[ResidualKey]) -> None:
         """Bring back from the host what would let a pass that needs ``residuals`` start later, if that is cheaper.

@@ -226,6 +226,19 @@ class DualRadixTree:
         elif was_listed:
             self._order(entry).add_oldest(entry)
 
+    def cool(self, node: Node) -> None:
+        """The path to ``node`` and all that hangs on its end are evicted next, leaf by leaf, as far as nobody needs them."""
+        above: Node | None = node
+        while above is not None:
+            above.last_used = 0  # an evicted leaf's parent goes next, unless it was used later
+            above = above.parent
+        for leaf in (node, *node.children.values()):
+            leaf.last_used = 0
+            entries: list[Node | Residual] = [leaf, *leaf.residuals.values()]
+            for entry in entries:
+                if self.is_listed(entry):
+                    self._order(entry).add_oldest(entry)
+
     # --- eviction -----------------------------------------------------------------------------------------------
 
     def evict_oldest(self) -> bool:

@@ -85,9 +85,9 @@ class KVCacheManager:
         """Rows before ``num_computed`` are written; file every block that is complete."""
         self._contexts.commit(lease, num_computed)
 
-    def release_context(self, lease: ContextLease) -> None:
-        """End of the pass: what was filed stays cached, the rest is freed."""
-        self._contexts.release(lease)
+    def release_context(self, lease: ContextLease, *, is_cold: bool = False) -> None:
+        """End of the pass: what was filed stays cached, the rest is freed. ``is_cold``: it is evicted before all else."""
+        self._contexts.release(lease, is_cold)
 
     # --- sequences --------------------------------------------------------------------------------------------------
 
@@ -99,15 +99,20 @@ class KVCacheManager:
         context_len: int,
         residual: ResidualKey | None,
         max_cached: int | None = None,
+        *,
+        is_private: bool = False,
     ) -> SequenceLease | None:
         """Claim pages for tokens[:num_tokens]; ``tokens`` [capacity] int32 is the sequence's append-only buffer.
 
         ``context_len`` is 0 where nothing is shared. Its context must match in full (``match_context``), unless the sequence
         runs what is missing as its canonical writer does (an aLoRA, before its invocation). ``max_cached`` tokens are taken
-        from the cache at most: the caller wants to see the others run.
+        from the cache at most: the caller wants to see the others run. ``is_private``: nothing that it writes is filed.
         """
         tail_hash = self._contexts.tail_hash(key, tokens, context_len)
-        return self._sequences.open(key, tokens, num_tokens, residual, tail_hash, context_len, max_cached)
+        lease = self._sequences.open(key, tokens, num_tokens, residual, tail_hash, context_len, max_cached)
+        if lease is not None and is_private:
+            lease.is_detached = True
+        return lease
 
     def grow(self, lease: SequenceLease, num_tokens: int) -> bool:
         """Make room for tokens up to ``num_tokens``; False, and no change, when there is none."""
@@ -117,9 +122,10 @@ class KVCacheManager:
         """KV of tokens[:num_computed] is written; file every block that is whole."""
         self._sequences.commit(lease, num_computed)
 
-    def release(self, lease: SequenceLease) -> None:
-        """The sequence has ended or is preempted: what was computed stays cached, the rest is freed."""
-        self._sequences.release(lease)
+    def release(self, lease: SequenceLease, *, is_cold: bool = False) -> None:
+        """The sequence has ended or is preempted: what was computed stays cached, the rest is freed. ``is_cold``: what it has
+        filed is evicted before all else."""
+        self._sequences.release(lease, is_cold)
 
     # --- merged keys ------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ class SequenceCache:
         while not lease.is_detached and (lease.num_blocks_in_tree + 1) * self._page_size <= num_computed:
             self._file_block(lease)
 
-    def release(self, lease: SequenceLease) -> None:
+    def release(self, lease: SequenceLease, is_cold: bool = False) -> None:
         """Give back all that is not cached. The partly filled last page is cached as a tail for the next turn."""
         if lease.is_released:
             raise ValueError("lease released twice")
@@ -87,7 +87,10 @@ class SequenceCache:
             kept += self._file_tail(lease)
         private = lease.record.pages[kept : lease.num_pages]
         self._memory.free(None, [int(p) for p in private])
+        deepest = lease.pinned
         self._unpin(lease)
+        if is_cold and deepest is not None:
+            self._tree.cool(deepest)
 
     # --- opening ----------------------------------------------------------------------------------------------------
 

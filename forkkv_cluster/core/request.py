@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.ids import AdapterDigest, RequestId, WorkerId
 from forkkv_cluster.core.prefix import BASE_WRITER, PrefixKey, TokenArray
+
+if TYPE_CHECKING:
+    from forkkv_cluster.core.verdict import SharingVerdict
 
 
 class Sharing(enum.StrEnum):
@@ -212,6 +216,9 @@ class GenerateRequest:
 
     ``max_tokens`` of 0 in ``sampling`` is not valid here: a pass over context alone is a ``ContextRequest``.
     ``excluded_workers`` are not to be tried while any other is there: where a stream broke that this one resumes.
+    ``is_background``: an engine's own work (calibration, shadow probes), after every priority. ``is_private``: what it writes
+    of its own is not left in the cache. ``scored_from``: prompt tokens before it are not scored, though ``prompt_logprobs``
+    asks for scores.
     """
 
     request_id: RequestId
@@ -233,6 +240,9 @@ class GenerateRequest:
     excluded_workers: tuple[WorkerId, ...] = ()
     invocation_start: int | None = None
     is_adapter_inactive: bool = False
+    is_background: bool = False
+    is_private: bool = False
+    scored_from: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -406,6 +416,8 @@ class AdapterInfo:
 
     lora_rank is the largest rank of any module; residual_bytes_per_token is over all layers, 0 without a residual: without LoRA
     on k and v, or for an aLoRA, which has invocation_tokens: nothing before its invocation is adapted.
+    ``trained_for``: what its metadata says (``core.adapter_semantics``). ``sharing``: what it was registered with, None for the
+    server's default; ``verdict``: how ``auto`` is served on it therefore, as far as whoever made this object knows.
     """
 
     name: str
@@ -416,6 +428,9 @@ class AdapterInfo:
     residual_bytes_per_token: int
     is_resident: bool = True
     invocation_tokens: tuple[int, ...] = ()
+    trained_for: Sharing | None = None
+    sharing: Sharing | None = None
+    verdict: SharingVerdict | None = None
 
     @property
     def ref(self) -> AdapterRef:

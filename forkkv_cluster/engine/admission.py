@@ -12,7 +12,7 @@ from forkkv_cluster.core.errors import DeadlineExceeded, InvalidArgument, NotFou
 from forkkv_cluster.core.request import AdapterRef, ContextRequest, GenerateRequest, ModelInfo, Sharing
 from forkkv_cluster.engine.adapter_registry import AdapterRegistry
 from forkkv_cluster.engine.adapter_tiers import LoadedAdapter
-from forkkv_cluster.engine.sequence import ContextNeeds, Demand, ResidualTarget, Turn, token_buffer
+from forkkv_cluster.engine.sequence import BACKGROUND, ContextNeeds, Demand, ResidualTarget, Turn, token_buffer
 
 _SHARED = (Sharing.RESIDUAL, Sharing.EAGER, Sharing.BASE)
 
@@ -47,10 +47,10 @@ class Admission:
             held.release()
             raise
         residual = next((t.key for t in needs.required if t.adapter is adapter), None) if needs is not None else None
-        order = (int(request.priority), next(self._arrivals))
+        order = (BACKGROUND if request.is_background else int(request.priority), next(self._arrivals))
         turn = Turn(request, order, adapter, residual, held.all(), needs, token_buffer(request), request.num_tokens)
         # A resumed turn's prompt was scored before its first token came.
-        first_scored = (needs.context_len if needs is not None else 0) + 1
+        first_scored = max((needs.context_len if needs is not None else 0) + 1, request.scored_from)
         if request.sampling.prompt_logprobs is not None and not request.num_resumed and first_scored < request.num_tokens:
             turn.next_scored = first_scored
         return turn
@@ -228,7 +228,9 @@ def _check_invocation(request: GenerateRequest, adapter: LoadedAdapter | None) -
 
 def _check_turn(request: GenerateRequest) -> None:
     if request.sharing is Sharing.AUTO:
-        raise Unsupported("sharing", "auto", "is not available yet", "Use isolated, residual, eager or base.")
+        raise Unsupported(
+            "sharing", "auto", "is to be resolved before a request is made", "Use isolated, residual, eager or base."
+        )
     if not 0 <= request.context_len <= request.num_prompt_tokens:
         raise InvalidArgument(
             "context_len",

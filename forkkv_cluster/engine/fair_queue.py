@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Iterable, Iterator
 
 from forkkv_cluster.core.ids import RequestId
-from forkkv_cluster.engine.sequence import Runnable, Waiting
+from forkkv_cluster.engine.sequence import BACKGROUND, Runnable, Waiting
 
 
 class FairQueue:
@@ -55,6 +55,10 @@ class FairQueue:
 
     def find(self, request_id: RequestId) -> Waiting | None:
         return self._entries.get(request_id)
+
+    def has_clients(self) -> bool:
+        """Whether anybody waits but the engine's own work."""
+        return any(priority < BACKGROUND for priority in self._levels)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Tokens run for this tenant."""

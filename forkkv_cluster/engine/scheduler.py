@@ -6,6 +6,9 @@ prefix: started beside one another, 16 agents over one context ran 32,000 prompt
 While anything decodes, prompts have at most ``max_prefill_tokens_beside_decodes`` of them: the longest that a prompt, of
 whatever length, delays a running decode.
 
+The engine's own work (``sequence.BACKGROUND``) takes what clients leave of a step, ``max_background_tokens`` at most where they
+leave anything to run beside; it is preempted for a client that finds no room, no slot or too many sequences.
+
 Admission goes by ``FairQueue``: priority, then the tenant that has had least, then arrival. A request starts with a slot
 for its adapter and pages for its whole prompt, or not at all:
 
@@ -26,7 +29,17 @@ from forkkv_cluster.engine.adapter_tiers import AdapterTiers, LoadedAdapter
 from forkkv_cluster.engine.context_planner import PassPlan, match_needs, next_pass, restore_needs
 from forkkv_cluster.engine.fair_queue import FairQueue
 from forkkv_cluster.engine.retry_hint import RetryHint
-from forkkv_cluster.engine.sequence import ContextNeeds, ContextPass, Demand, Runnable, Scheduled, Turn, Waiting, note_match
+from forkkv_cluster.engine.sequence import (
+    ContextNeeds,
+    ContextPass,
+    Demand,
+    Runnable,
+    Scheduled,
+    Turn,
+    Waiting,
+    is_background,
+    note_match,
+)
 from forkkv_cluster.engine.slot_claims import SlotClaims
 from forkkv_cluster.engine.step_plan import Outcome, StepPlan
 
@@ -63,6 +76,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._queue or self._running)
+
+    @property
+    def has_waiting_clients(self) -> bool:
+        """Whether anybody waits but the engine's own work."""
+        return self._queue.has_clients()
 
     @property
     def running(self) -> tuple[Runnable, ...]:
@@ -109,12 +127,12 @@ class Scheduler:
         self._running.remove(item)
         if isinstance(item, ContextPass):
             del self._flights[item.flight]
-            self._kv.release_context(item.lease)
+            self._kv.release_context(item.lease, is_cold=item.is_cold)
             self._tiers.unpin(item.claim)
             return
         self._claims.let_go(item)
         if item.lease is not None:
-            self._kv.release(item.lease)
+            self._kv.release(item.lease, is_cold=item.is_cold)
             item.lease = None
 
     def fail_load(self, adapter: LoadedAdapter) -> list[Waiting]:
@@ -129,33 +147,46 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The work of one step."""
         plan = StepPlan()
-        budget = self._schedule_decodes(plan, self._config.max_num_batched_tokens)
+        budget = self._schedule_decodes(plan, self._config.max_num_batched_tokens, of_background=False)
         if plan.work:
             budget = min(budget, self._config.max_prefill_tokens_beside_decodes)
-        budget = self._schedule_prefills(plan, budget)
-        self._admit(plan, budget)
+        budget = self._schedule_prefills(plan, budget, of_background=False)
+        budget, is_open = self._admit(plan, budget, of_background=False)
+        if is_open:
+            self._schedule_background(plan, budget)
         return plan
 
-    def _schedule_decodes(self, plan: StepPlan, budget: int) -> int:
+    def _schedule_background(self, plan: StepPlan, budget: int) -> None:
+        """What clients have left; not at all while one of them waits for memory."""
+        if plan.work:
+            budget = min(budget, self._config.max_background_tokens)
+        budget = self._schedule_decodes(plan, budget, of_background=True)
+        budget = self._schedule_prefills(plan, budget, of_background=True)
+        self._admit(plan, budget, of_background=True)
+
+    def _schedule_decodes(self, plan: StepPlan, budget: int, *, of_background: bool) -> int:
+        decodes: list[Scheduled] = []
         for item in list(self._running):
             is_decode = isinstance(item, Turn) and item.lease is not None and item.num_uncomputed == 1
-            if budget > 0 and isinstance(item, Turn) and is_decode and self._grow(item):
-                plan.work.append(Scheduled(item, item.num_computed, item.num_tokens))
+            is_due = is_decode and is_background(item) == of_background
+            if budget > 0 and isinstance(item, Turn) and is_due and self._grow(item):
+                decodes.append(Scheduled(item, item.num_computed, item.num_tokens))
                 budget -= 1
-        # Growing one turn may have preempted another that stands in the plan already.
-        plan.work = [s for s in plan.work if isinstance(s.item, Turn) and s.item.lease is not None]
-        for scheduled in plan.work:
+        # Growing one turn may have preempted another that is counted already, of the same kind: background goes first.
+        decodes = [s for s in decodes if isinstance(s.item, Turn) and s.item.lease is not None]
+        for scheduled in decodes:
             self._queue.charge(scheduled.item.tenant, 1)
+        plan.work += decodes
         return budget
 
-    def _prefills(self, plan: StepPlan) -> list[Runnable]:
+    def _prefills(self, plan: StepPlan, *, of_background: bool) -> list[Runnable]:
         """Prompts under way that have no chunk in this step yet, who goes on first first."""
         planned = {id(s.item) for s in plan.work}
-        prefills = [item for item in self._running if id(item) not in planned]
+        prefills = [item for item in self._running if id(item) not in planned and is_background(item) == of_background]
         return sorted(prefills, key=lambda item: (item.order[0], self._queue.served(item.tenant), item.order[1]))
 
-    def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
-        for item in self._prefills(plan):
+    def _schedule_prefills(self, plan: StepPlan, budget: int, *, of_background: bool) -> int:
+        for item in self._prefills(plan, of_background=of_background):
             if budget <= 0:
                 break
             budget -= self._schedule_chunk(plan, item, budget)
@@ -186,21 +217,40 @@ class Scheduler:
 
     # --- admission --------------------------------------------------------------------------------------------------
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        self._claims.begin_admission()
+    def _admit(self, plan: StepPlan, budget: int, *, of_background: bool) -> tuple[int, bool]:
+        """Tokens that are left, and False when somebody waits whom nobody may overtake."""
+        if not of_background:
+            self._claims.begin_admission()
         for entry in self._queue.candidates():
-            if budget <= 0 or len(self._running) >= self._config.max_num_seqs:
-                return
+            if is_background(entry) != of_background:
+                continue
+            if budget <= 0 or not self._has_place(entry):
+                return budget, False
             started = self._start(entry, plan)
+            while started in (Outcome.NO_ROOM, Outcome.NO_SLOT) and self._make_way(entry):
+                started = self._start(entry, plan)
             if started is Outcome.NO_ROOM:
                 self._claims.let_go(entry)
-                return
+                return budget, False
             if started is Outcome.NO_SLOT:
                 self._claims.note_no_slot(entry)
             elif isinstance(started, Turn | ContextPass):
                 self._claims.note_start(started.claim)
                 self._running.append(started)
                 budget -= self._schedule_chunk(plan, started, budget)
+        return budget, True
+
+    def _has_place(self, entry: Waiting) -> bool:
+        """Whether one more sequence may run, once background has made way."""
+        return len(self._running) < self._config.max_num_seqs or self._make_way(entry)
+
+    def _make_way(self, entry: Waiting) -> bool:
+        """Preempt the youngest background item for a client's request; False when there is none."""
+        background = [item for item in self._running if is_background(item)]
+        if is_background(entry) or not background:
+            return False
+        self._preempt(max(background, key=_order))
+        return True
 
     def _start(self, entry: Waiting, plan: StepPlan) -> Runnable | Outcome:
         """What to run for ``entry`` now: itself, or a pass that it needs."""
@@ -213,7 +263,7 @@ class Scheduler:
             wanted = next_pass(entry.needs, match, missing)
             if wanted is not None and wanted.flight in self._flights:
                 entry.place.flight = wanted.flight
-                self._flights[wanted.flight].interested.add(entry.request_id)
+                self._flights[wanted.flight].join(entry)
                 self._claims.let_go(entry)
                 return Outcome.WAITS
             if isinstance(entry, Demand) or (wanted is not None and _is_own(entry, wanted)):
@@ -233,7 +283,7 @@ class Scheduler:
         if not place.is_ready:
             return Outcome.WAITS
         if place.flight in self._flights:
-            self._flights[place.flight].interested.add(entry.request_id)
+            self._flights[place.flight].join(entry)
             return Outcome.WAITS
         place.flight = None
         return None if self._claims.can_claim(entry) else Outcome.NO_SLOT
@@ -243,7 +293,13 @@ class Scheduler:
         if blocked is not None:
             return blocked
         lease = self._kv.open_sequence(
-            turn.request.prefix, turn.tokens, turn.num_tokens, turn.fork_point, turn.residual, turn.max_cached
+            turn.request.prefix,
+            turn.tokens,
+            turn.num_tokens,
+            turn.fork_point,
+            turn.residual,
+            turn.max_cached,
+            is_private=turn.request.is_private,
         )
         if lease is None:
             return Outcome.NO_ROOM
@@ -284,6 +340,7 @@ class Scheduler:
             _is_own(entry, wanted),
             {entry.request_id},
             lease.run_start,
+            entry.order,
             claim,
         )
         self._flights[wanted.flight] = item

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
@@ -16,8 +16,11 @@ from forkkv_cluster.cache.leases import ContextLease, ContextMatch, SequenceLeas
 from forkkv_cluster.cache.tree_nodes import ResidualKey
 from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.prefix import PrefixKey, TokenArray
-from forkkv_cluster.core.request import ContextRequest, GenerateRequest, PrefixUsage
+from forkkv_cluster.core.request import ContextRequest, GenerateRequest, PrefixUsage, Priority
 from forkkv_cluster.engine.adapter_tiers import LoadedAdapter
+
+BACKGROUND = max(Priority) + 1
+"""The first part of the order of an engine's own work, which goes after every priority."""
 
 
 class PassKind(enum.Enum):
@@ -83,7 +86,7 @@ class ContextPass:
 
     owner is the request that came first to need it; ``is_charged`` says that its usage counts the pass, which otherwise
     is a request of its own that only the engine's counters count. claim: the adapters whose slots it holds, those that
-    it runs with and whose residuals it writes.
+    it runs with and whose residuals it writes. order: that of the first of those who wait for it.
     """
 
     kind: PassKind
@@ -95,6 +98,7 @@ class ContextPass:
     is_charged: bool
     interested: set[RequestId]
     num_computed: int
+    order: tuple[int, int]
     claim: tuple[LoadedAdapter, ...] = ()
 
     @property
@@ -102,13 +106,18 @@ class ContextPass:
         return self.owner.tenant
 
     @property
-    def order(self) -> tuple[int, int]:
-        """It runs in the place of the request that caused it."""
-        return self.owner.order
+    def is_cold(self) -> bool:
+        """Whether nobody will want what it writes: sample contexts."""
+        return is_background(self) and self.owner.is_cold
 
     @property
     def num_tokens(self) -> int:
         return self.lease.num_tokens
+
+    def join(self, entry: Waiting) -> None:
+        """One more waits for it."""
+        self.interested.add(entry.request_id)
+        self.order = min(self.order, entry.order)
 
     @property
     def active_slot(self) -> int | None:
@@ -172,6 +181,11 @@ class Turn:
         return self.request.invocation_start or 0
 
     @property
+    def is_cold(self) -> bool:
+        """Whether nobody will want what it leaves in the cache."""
+        return is_background(self) and not self.request.is_private
+
+    @property
     def num_left(self) -> int:
         """Tokens to generate yet, at most."""
         return self.request.sampling.max_tokens - self.num_generated
@@ -215,6 +229,7 @@ class Demand:
     is_usage_known: bool = False
     num_passes: int = 0
     place: Place = field(default_factory=Place)
+    is_cold: ClassVar[bool] = False
 
     @property
     def request_id(self) -> RequestId:
@@ -228,6 +243,11 @@ class Demand:
 
 Waiting: TypeAlias = Turn | Demand
 Runnable: TypeAlias = Turn | ContextPass
+
+
+def is_background(item: Waiting | Runnable) -> bool:
+    """Whether it is the engine's own work, for which no client waits."""
+    return item.order[0] == BACKGROUND
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ def lose_scores(made: SoakDriver) -> None:
 def leak_a_lease(made: SoakDriver) -> None:
     kv, leases = made.engine._kv, iter(range(10**9))
     release = kv.release
-    kv.release = lambda lease: release(lease) if next(leases) != 3 else None  # type: ignore[method-assign]
+    kv.release = lambda lease, **options: release(lease, **options) if next(leases) != 3 else None  # type: ignore[method-assign]
 
 
 def leak_a_page(made: SoakDriver) -> None:
