@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 from forkkv_cluster.bench.grpc_run import GrpcRun
 from forkkv_cluster.bench.idle import wait_until_idle
 from forkkv_cluster.bench.metrics import RunRecord, add_counters
-from forkkv_cluster.bench.target import WARM_UP, OnProgress, TargetFacts
+from forkkv_cluster.bench.target import WARM_UP, OnProgress, TargetFacts, check_sharing
 from forkkv_cluster.bench.trace import Trace
 from forkkv_cluster.client import AsyncForkKVClient, Status
 from forkkv_cluster.core.request import Sharing
-from forkkv_cluster.core.request_builder import check_sharing
 from forkkv_cluster.core.status import EngineCounters
 
 _T = TypeVar("_T")

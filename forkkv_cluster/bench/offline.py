@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from forkkv_cluster.bench.metrics import RunRecord
 from forkkv_cluster.bench.offline_run import EngineFacade, OfflineRun
-from forkkv_cluster.bench.target import WARM_UP, OnProgress, TargetFacts
+from forkkv_cluster.bench.target import WARM_UP, OnProgress, TargetFacts, check_sharing
 from forkkv_cluster.bench.trace import ContextEvent, Trace
 from forkkv_cluster.core.clock import Clock, SystemClock
 from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import ContextRequest, GenerateRequest, SamplingParams, Sharing, WriterMode
-from forkkv_cluster.core.request_builder import Envelope, RequestBuilder, check_sharing
+from forkkv_cluster.core.request_builder import Envelope, RequestBuilder
 from forkkv_cluster.core.session import Branch, Session
 from forkkv_cluster.core.status import EngineCounters
 

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from forkkv_cluster.bench.metrics import RunRecord
 from forkkv_cluster.bench.trace import ContextEvent, TokenSource, Trace, TurnEvent
-from forkkv_cluster.core.errors import InvalidArgument, NotFound
+from forkkv_cluster.core.errors import InvalidArgument, NotFound, Unsupported
+from forkkv_cluster.core.request import Sharing
 from forkkv_cluster.core.status import EngineCounters
 
 OnProgress = Callable[[int], None]
@@ -24,6 +25,13 @@ WARM_UP = Trace(
     ),
 )
 """Two tokens of the base model, by a tenant of its own: the first pass pays for what later ones find done."""
+
+
+def check_sharing(sharing: Sharing) -> Sharing:
+    """Raises Unsupported for ``auto``, under which adapters of one run would be served in different ways."""
+    if sharing is Sharing.AUTO:
+        raise Unsupported("sharing", str(sharing), "is no policy to measure", "Name isolated, residual, eager or base.")
+    return sharing
 
 
 @dataclass(frozen=True, slots=True)

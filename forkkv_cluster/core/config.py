@@ -47,6 +47,9 @@ class AdapterConfig(_Section):
 
     name: Annotated[str, Field(min_length=1, description="Name that clients use as `model` or `adapter`.")]
     path: Annotated[str, Field(description="PEFT directory (adapter_config.json and adapter_model.safetensors).")]
+    sharing: Annotated[
+        Sharing | None, Field(description="How requests with sharing auto are served on it. Empty: defaults.adapter_sharing.")
+    ] = None
 
 
 class ModelConfig(_Section):
@@ -112,6 +115,13 @@ class SchedulerConfig(_Section):
             "slot is emptied for it.",
         ),
     ] = 16
+    max_background_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Tokens of calibration and shadow probes in a step in which requests run: the most that they delay it.",
+        ),
+    ] = 64
     retry_after_s: Annotated[
         float, Field(gt=0, description="Least retry hint of a refused request, seconds; longer where requests end slowly.")
     ] = 1.0
@@ -131,6 +141,57 @@ class AdapterMemoryConfig(_Section):
     @classmethod
     def _bytes(cls, value: object) -> int:
         return parse_bytes(value)
+
+
+class CalibrationConfig(_Section):
+    """How an adapter with sharing auto is measured before it shares: beside requests, at the lowest priority."""
+
+    max_disagreement: Annotated[
+        float,
+        Field(
+            gt=0,
+            lt=1,
+            description="Share of positions, at most, at which a sharing may disagree with isolated: the upper bound (Wilson, "
+            "95 %) of the teacher-forced argmax disagreement.",
+        ),
+    ] = 0.02
+    min_positions: Annotated[
+        int, Field(ge=1, description="Positions to compare; an adapter with fewer is served isolated.")
+    ] = 2000
+    samples: Annotated[
+        str,
+        Field(
+            description="JSONL file of sample contexts. Empty: calibration_samples.jsonl in the adapter's directory, else in "
+            "the model's, else contexts generated from the vocabulary."
+        ),
+    ] = ""
+    context_tokens: Annotated[int, Field(ge=16, description="Length of a generated context, tokens.")] = 256
+    continuation_tokens: Annotated[
+        int, Field(ge=1, description="Tokens of the adapter's own greedy output to compare on each sample, at most.")
+    ] = 32
+    max_samples: Annotated[
+        int, Field(ge=1, description="Samples to run, at most: outputs that end early give few positions each.")
+    ] = 512
+    seed: Annotated[int, Field(ge=0, description="Of generated contexts.")] = 0
+    timeout_s: Annotated[
+        float, Field(gt=0, description="A calibration that has not ended by then leaves the adapter isolated, seconds.")
+    ] = 900.0
+
+
+class GuardrailConfig(_Section):
+    """Shadow probes: finished branches run again under isolated, when nothing waits, to see whether sharing drifts."""
+
+    share: Annotated[
+        float, Field(ge=0, le=1, description="Share of finished branches to probe, of adapters that auto chose a sharing for.")
+    ] = 0.05
+    named_share: Annotated[
+        float, Field(ge=0, le=1, description="The same of branches under a sharing that the request or session named.")
+    ] = 0.0
+    window_positions: Annotated[int, Field(ge=1, description="Positions of the sliding window of one adapter.")] = 4096
+    min_positions: Annotated[
+        int, Field(ge=1, description="Positions in the window, at least, before an adapter falls back to isolated.")
+    ] = 512
+    max_pending: Annotated[int, Field(ge=1, description="Branches that wait to be probed; more drop the oldest.")] = 8
 
 
 class WorkerConfig(_Section):
@@ -213,19 +274,17 @@ class DefaultsConfig(_Section):
     """What a request gets that does not say."""
 
     session_sharing: Annotated[Sharing, Field(description="Sharing of a session that names none.")] = Sharing.EAGER
+    adapter_sharing: Annotated[
+        Sharing,
+        Field(
+            description="How requests with sharing auto are served on an adapter that was loaded without one. auto: it is "
+            "measured when it is loaded."
+        ),
+    ] = Sharing.ISOLATED
     writer: Annotated[WriterMode, Field(description="Who writes shared base KV: canonical, or first for comparison.")] = (
         WriterMode.CANONICAL
     )
     max_tokens: Annotated[int, Field(ge=1, description="Tokens to generate when a request names no limit.")] = 128
-
-    @field_validator("session_sharing")
-    @classmethod
-    def _sharing(cls, value: Sharing) -> Sharing:
-        if value is Sharing.AUTO:
-            raise Unsupported(
-                "defaults.session_sharing", str(value), "auto is not there yet", "Name isolated, residual, eager or base."
-            )
-        return value
 
 
 class ClusterConfig(_Section):
@@ -236,6 +295,8 @@ class ClusterConfig(_Section):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     adapter_memory: AdapterMemoryConfig = AdapterMemoryConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    guardrail: GuardrailConfig = GuardrailConfig()
     worker: WorkerConfig = WorkerConfig()
     gateway: GatewayConfig = GatewayConfig()
     routing: RoutingConfig = RoutingConfig()

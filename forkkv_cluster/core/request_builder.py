@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -25,6 +26,11 @@ from forkkv_cluster.core.session import Branch, Session
 NamespaceOf = Callable[[str, str], str]
 """(tenant, sharing group, which may be empty) -> the namespace of the pages: what two requests must have in common to share."""
 
+Modes = Mapping[str, Sharing]
+"""How ``auto`` is served now, by adapter name; an adapter that is not in it is served ``isolated``."""
+
+NO_MODES: Modes = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
@@ -45,16 +51,49 @@ class PromptSharing:
     sharing_group: str = ""
 
 
-def check_sharing(sharing: Sharing) -> Sharing:
-    """Raises Unsupported for ``auto``: a choice that does not exist yet is refused, never guessed."""
-    if sharing is Sharing.AUTO:
-        raise Unsupported("sharing", str(sharing), "auto is not there yet", "Name isolated, residual, eager or base.")
-    return sharing
+def served_sharing(sharing: Sharing, adapter: AdapterRef | None, modes: Modes) -> Sharing:
+    """``sharing``, or what ``auto`` comes to: ``isolated`` for an adapter that ``modes`` does not know, never a guess. The base
+    model reads shared pages as they are."""
+    if sharing is not Sharing.AUTO:
+        return sharing
+    return modes.get(adapter.name, Sharing.ISOLATED) if adapter is not None else Sharing.BASE
+
+
+def context_plan(session: Session, modes: Modes) -> tuple[Sharing, tuple[AdapterRef, ...]] | None:
+    """How the base model's pass over a session's context runs: its sharing, and the adapters whose residuals it writes. None
+    where no adapter of an ``auto`` session would read it."""
+    if session.sharing is not Sharing.AUTO:
+        return session.sharing, session.adapters
+    eager = _eager_ones(session.adapters, modes)
+    if eager:
+        return Sharing.EAGER, eager
+    served = {served_sharing(Sharing.AUTO, adapter, modes) for adapter in session.adapters}
+    return None if served == {Sharing.ISOLATED} else (Sharing.BASE, ())
+
+
+def _eager_ones(adapters: tuple[AdapterRef, ...], modes: Modes) -> tuple[AdapterRef, ...]:
+    return tuple(a for a in adapters if served_sharing(Sharing.AUTO, a, modes) is Sharing.EAGER)
+
+
+def served_choice(choice: PromptSharing, adapter: AdapterRef | None, modes: Modes, num_tokens: int) -> PromptSharing:
+    """``choice`` of a prompt of ``num_tokens`` with ``auto`` resolved. Without a fork point ``auto`` has nothing to share.
+    Raises InvalidArgument for a fork point outside the prompt."""
+    if choice.sharing is not Sharing.AUTO:
+        return choice
+    sharing = served_sharing(Sharing.AUTO, adapter, modes)
+    if choice.shared_prefix_tokens is not None:
+        fork_point(replace(choice, sharing=Sharing.BASE), num_tokens)
+    if choice.shared_prefix_tokens is None or sharing is Sharing.ISOLATED:
+        return PromptSharing(Sharing.ISOLATED, None, choice.sharing_group)
+    return replace(choice, sharing=sharing)
 
 
 def fork_point(choice: PromptSharing, num_tokens: int) -> int:
-    """Tokens of a prompt of ``num_tokens`` that are shared context. Raises InvalidArgument, or Unsupported for ``auto``."""
-    sharing, shared = check_sharing(choice.sharing or Sharing.ISOLATED), choice.shared_prefix_tokens
+    """Tokens of a prompt of ``num_tokens`` that are shared context. Raises InvalidArgument, or Unsupported for an ``auto`` that
+    nobody has resolved (``served_choice``)."""
+    sharing, shared = choice.sharing or Sharing.ISOLATED, choice.shared_prefix_tokens
+    if sharing is Sharing.AUTO:
+        raise Unsupported("sharing", str(sharing), "auto must be resolved first", "Name isolated, residual, eager or base.")
     if sharing is Sharing.ISOLATED:
         if shared:
             raise InvalidArgument(
@@ -114,15 +153,21 @@ class RequestBuilder:
         self._namespace_of = namespace_of
 
     def turn(
-        self, session: Session, branch: Branch, appended: TokenArray, sampling: SamplingParams, envelope: Envelope
+        self,
+        session: Session,
+        branch: Branch,
+        appended: TokenArray,
+        sampling: SamplingParams,
+        envelope: Envelope,
+        modes: Modes = NO_MODES,
     ) -> GenerateRequest:
-        """One turn of a branch: context, own tokens, and what it appends, [c + m + k] int32."""
+        """One turn of a branch: context, own tokens, and what it appends, [c + m + k] int32; ``auto`` as ``modes`` say."""
         request = self._generate(
             np.concatenate([branch.context, branch.own, appended]).astype(np.int32),
             context_len=len(branch.context),
             adapter=branch.adapter,
-            declared=session.adapters,
-            sharing=branch.sharing,
+            declared=_eager_ones(session.adapters, modes) if session.sharing is Sharing.AUTO else session.adapters,
+            sharing=served_sharing(branch.sharing, branch.adapter, modes),
             writer=session.writer_for(branch),
             group=session.sharing_group,
             sampling=sampling,
@@ -167,6 +212,32 @@ class RequestBuilder:
                 tokens, request.fork_point, request.namespace, request.adapter, request.sharing, request.writer
             ),
             excluded_workers=tuple(dict.fromkeys((*request.excluded_workers, *map(WorkerId, lost_workers)))),
+        )
+
+    def replayed(
+        self, request: GenerateRequest, tokens: TokenArray, sharing: Sharing, sampling: SamplingParams, envelope: Envelope
+    ) -> GenerateRequest:
+        """The whole of ``tokens`` [n] int32, which begin with what ``request`` began with, as a prompt that is served under
+        ``sharing``: in the request's namespace, for an adapter that is no aLoRA, in the background."""
+        context_len = 0 if sharing is Sharing.ISOLATED else request.context_len
+        writer = request.writer if sharing is Sharing.RESIDUAL else None
+        return replace(
+            request,
+            request_id=RequestId(envelope.request_id),
+            tokens=tokens,
+            context_len=context_len,
+            num_resumed=0,
+            declared=(),
+            sharing=sharing,
+            writer=writer,
+            sampling=sampling,
+            prefix=self._prefix(tokens, context_len, request.namespace, request.adapter, sharing, writer),
+            deadline_s=envelope.deadline_s,
+            priority=envelope.priority,
+            tenant=envelope.tenant,
+            session_id="",
+            branch="",
+            is_background=True,
         )
 
     def context_pass(

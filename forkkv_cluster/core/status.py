@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from forkkv_cluster.core.request import AdapterInfo, ModelInfo
+from forkkv_cluster.core.agreement import Agreement
+from forkkv_cluster.core.request import AdapterInfo, ModelInfo, Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,11 @@ class AdapterMemoryStatus:
 
 @dataclass(frozen=True, slots=True)
 class EngineCounters:
-    """Counts since the start of the engine; tokens unless named otherwise. Names as in trace reports."""
+    """Counts since the start of the engine; tokens unless named otherwise. Names as in trace reports.
+
+    What an engine does of its own (calibrations, shadow probes) counts as work (steps, prefill_tokens_run, pages), not as
+    requests, output or hits.
+    """
 
     num_steps: int = 0
     num_finished: int = 0
@@ -63,6 +68,10 @@ class EngineCounters:
     swapped_in_pages: int = 0
     swapped_out_bytes: int = 0
     swapped_in_bytes: int = 0
+    calibrations: int = 0
+    probes: int = 0
+    dropped_probes: int = 0
+    demotions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,23 @@ class Holding:
     kind: str
     name: str
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDrift:
+    """What shadow probes found of one adapter under one sharing, against its reference, in the sliding window.
+
+    num_diverged      probes with at least one disagreement
+    first_divergence  median, over those, of output tokens before the first one; None where all agree
+    """
+
+    adapter: str
+    digest: str
+    sharing: Sharing
+    num_probes: int
+    num_diverged: int
+    agreement: Agreement
+    first_divergence: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +129,7 @@ class EngineStatus:
     holdings: tuple[Holding, ...] = ()
     adapter_memory: AdapterMemoryStatus = field(default_factory=AdapterMemoryStatus)
     merged_bytes_held: int = 0
+    drift: tuple[AdapterDrift, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

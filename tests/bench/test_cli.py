@@ -107,7 +107,7 @@ def test_the_other_benchmarks_refuse_such_a_report_too(tmp_path: Path):
 def test_auto_is_refused_by_name(trace_path: Path, kit_options: list[str]):
     result = invoke(trace_path, "--sharing", "auto", *kit_options)
     assert result.exit_code == 2
-    assert "auto is not there yet" in " ".join(result.output.split())
+    assert "is no policy to measure" in " ".join(result.output.split())
 
 
 def test_a_bad_line_of_the_trace_is_named(tmp_path: Path):

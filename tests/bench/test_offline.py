@@ -167,7 +167,7 @@ def test_a_trace_of_a_larger_vocabulary_is_refused(bench: Bench):
 
 
 def test_auto_is_refused_by_name(bench: Bench):
-    with pytest.raises(Unsupported, match="auto is not there yet"):
+    with pytest.raises(Unsupported, match="is no policy to measure"):
         bench.run(TWO_AGENTS, Sharing.AUTO)
 
 

@@ -99,10 +99,16 @@ def test_a_feature_that_is_not_there_is_refused_by_name(path: str, value: object
     assert caught.value.field == path.rpartition(".")[2]
 
 
-def test_a_default_sharing_that_does_not_exist_yet_is_refused_at_start() -> None:
-    with pytest.raises(Unsupported, match="auto") as caught:
-        parse_config({"defaults": {"session_sharing": "auto"}})
-    assert caught.value.field == "defaults.session_sharing"
+def test_sessions_and_adapters_may_be_served_auto_by_default() -> None:
+    config = parse_config({"defaults": {"session_sharing": "auto", "adapter_sharing": "auto"}})
+    assert (config.defaults.session_sharing, config.defaults.adapter_sharing) == (Sharing.AUTO, Sharing.AUTO)
+
+
+@pytest.mark.parametrize("bound", [0, 1, -0.1])
+def test_a_bound_on_disagreement_that_bounds_nothing_or_everything_is_refused(bound: float) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        parse_config({"calibration": {"max_disagreement": bound}})
+    assert caught.value.field == "calibration.max_disagreement"
 
 
 @pytest.mark.parametrize("raw", [[], "model: tiny", 7])
