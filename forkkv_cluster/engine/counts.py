@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 
 from forkkv_cluster.cache.kv_cache_manager import KVCacheManager
 from forkkv_cluster.core.status import EngineCounters
+from forkkv_cluster.engine.auto_sharing import AutoSharing
+from forkkv_cluster.engine.shadow_probe import ShadowProbe
 
 
 @dataclass(slots=True)
@@ -22,8 +24,8 @@ class EngineCounts:
     useful_hit_tokens: int = 0
     cow_copies: int = 0
 
-    def freeze(self, kv: KVCacheManager, num_preemptions: int) -> EngineCounters:
-        """With what the cache and the scheduler count, as a value."""
+    def freeze(self, kv: KVCacheManager, num_preemptions: int, auto: AutoSharing, probe: ShadowProbe) -> EngineCounters:
+        """With what the cache, the scheduler, calibration and guardrail count, as a value."""
         peak_base, peak_residual = kv.peak_bytes
         host = kv.host
         return EngineCounters(
@@ -36,4 +38,8 @@ class EngineCounts:
             swapped_in_pages=host.num_swapped_in if host is not None else 0,
             swapped_out_bytes=host.swapped_out_bytes if host is not None else 0,
             swapped_in_bytes=host.swapped_in_bytes if host is not None else 0,
+            calibrations=auto.num_calibrations,
+            probes=probe.num_probes,
+            dropped_probes=probe.num_dropped,
+            demotions=auto.num_demotions,
         )

@@ -1,6 +1,7 @@
 """One accelerator, one process: requests in, ``StepOutput``s out.
 
 A step: expire and cancel, schedule, build the batch, run it, sample, commit. Everything happens on the caller's thread.
+Requests of its own (``own_work``: calibrations, shadow probes) run beside its clients', behind them all.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.placement import WorkerLoad
 from forkkv_cluster.core.request import (
     AdapterInfo,
+    AdapterRef,
     ContextRequest,
     FinishReason,
     GenerateRequest,
     ModelInfo,
     PromptLogprobs,
+    Sharing,
     TokenChunk,
 )
 from forkkv_cluster.core.status import EngineStatus, Holding
@@ -35,11 +38,12 @@ from forkkv_cluster.engine.batch_builder import build_batch, in_row_order
 from forkkv_cluster.engine.counts import EngineCounts
 from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.outputs import Failure, StepOutput
+from forkkv_cluster.engine.own_work import Fidelity, OwnWork
 from forkkv_cluster.engine.prompt_scores import prompt_logprobs
 from forkkv_cluster.engine.runner import Runner, SampledToken, StepResult
 from forkkv_cluster.engine.sampling_row import SamplingRow
 from forkkv_cluster.engine.scheduler import Scheduler
-from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn, Waiting
+from forkkv_cluster.engine.sequence import ContextPass, Demand, Scheduled, Turn, Waiting, is_background
 
 MIN_MERGED_STEPS = 4
 """Steps that a turn must have ahead of it to make whole K for: building it has to pay off. An estimate, not swept."""
@@ -66,9 +70,11 @@ class Engine:
         merged_share: float = 0.5,
         adapter_memory: AdapterMemoryConfig | None = None,
         adapter_loader: AdapterLoader | None = None,
+        fidelity: Fidelity | None = None,
     ) -> None:
         """``host_bytes``: budget of the KV's host tier, 0 for none. ``merged_share``: of kv_bytes, at most, that whole K of
-        adapters may borrow while it is free. ``adapter_loader`` None: a thread that reads what ``runner`` can read."""
+        adapters may borrow while it is free. ``adapter_loader`` None: a thread that reads what ``runner`` can read.
+        ``fidelity``: how ``auto`` is measured and watched; None: as configured by default, on generated contexts."""
         self._runner = runner
         self._clock = clock or SystemClock()
         runner.allocate(kv_bytes, host_bytes)
@@ -81,6 +87,7 @@ class Engine:
         self._live: dict[RequestId, Waiting] = {}
         self._aborted: list[RequestId] = []
         self._counts = EngineCounts()
+        self._guard = OwnWork(fidelity or Fidelity(), runner, self._clock, self.add_request, self.abort)
 
     @classmethod
     def from_config(cls, config: ClusterConfig, clock: Clock | None = None) -> Self:
@@ -99,9 +106,10 @@ class Engine:
             host_bytes=config.cache.host_bytes,
             merged_share=config.cache.merged_share,
             adapter_memory=config.adapter_memory,
+            fidelity=Fidelity.from_config(config, runner.info),
         )
         for adapter in config.adapters:
-            engine.load_adapter(adapter.name, adapter.path)
+            engine.load_adapter(adapter.name, adapter.path, adapter.sharing)
         return engine
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -113,7 +121,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to do."""
-        return self._scheduler.has_work or bool(self._aborted) or self._tiers.has_events
+        return self._scheduler.has_work or bool(self._aborted) or self._tiers.has_events or self._guard.has_work
 
     def add_request(self, request: GenerateRequest | ContextRequest) -> None:
         """Queue a request. Raises InvalidArgument, Unsupported, NotFound, AlreadyExists, ResourceExhausted or
@@ -138,6 +146,7 @@ class Engine:
 
     def step(self) -> StepOutput:
         """One step of everything that can run. With nothing to run but weights on their way, waits ``LOAD_WAIT_S`` at most."""
+        self._guard.submit(is_idle=not self._scheduler.has_waiting_clients)
         failures = [*self._cancel(), *self._expire(), *self._settle_loads()]
         self._kv.expire_hints(self._clock.monotonic())
         plan = self._scheduler.schedule()
@@ -153,6 +162,7 @@ class Engine:
             chunks += self._run(in_row_order(plan.work), failures)
         elif self._tiers.is_loading and not (chunks or failures):
             self._tiers.wait(LOAD_WAIT_S)
+        chunks, failures = self._guard.take(chunks, failures, is_crowded=self._scheduler.has_waiting_clients)
         return StepOutput(tuple(chunks), tuple(failures), self._take_events())
 
     def _run(self, work: list[Scheduled], failures: list[Failure]) -> list[TokenChunk]:
@@ -254,13 +264,14 @@ class Engine:
 
     def _append(self, turn: Turn, sampled: SampledToken) -> TokenChunk:
         turn.append(sampled.token_id)
-        self._counts.output_tokens += 1
+        self._counts.output_tokens += not is_background(turn)
         reason, matched = self._finish_reason(turn, sampled.token_id)
         usage = turn.usage if reason is not None or not turn.is_usage_sent else None
         turn.is_usage_sent = True
         if reason is not None:
             self._scheduler.finish(turn)
             self._end(turn)
+            self._guard.note_served(turn)
         return TokenChunk(
             turn.request_id,
             (sampled.token_id,),
@@ -284,6 +295,8 @@ class Engine:
     def _end(self, entry: Waiting) -> None:
         del self._live[entry.request_id]
         self._release_adapters(entry)
+        if is_background(entry):
+            return
         self._counts.num_finished += 1
         self._counts.base_hit_tokens += entry.usage.base_hit_tokens
         self._counts.residual_hit_tokens += entry.usage.residual_hit_tokens
@@ -301,16 +314,16 @@ class Engine:
     def _fail(self, entry: Waiting, error: ForkKVError) -> Failure:
         del self._live[entry.request_id]
         self._release_adapters(entry)
-        self._counts.num_failed += 1
+        self._counts.num_failed += not is_background(entry)
         return Failure(entry.request_id, error)
 
     def _cancel(self) -> list[Failure]:
         aborted, self._aborted = self._aborted, []
-        return [
-            self._take_out(self._live[request_id], Cancelled(f"request {request_id} was cancelled."))
-            for request_id in dict.fromkeys(aborted)
-            if request_id in self._live
-        ]
+        entries = [self._live[request_id] for request_id in dict.fromkeys(aborted) if request_id in self._live]
+        for entry in entries:  # A stop string, of which the engine knows nothing, ends a turn like this.
+            if isinstance(entry, Turn):
+                self._guard.note_served(entry)
+        return [self._take_out(entry, Cancelled(f"request {entry.request_id} was cancelled.")) for entry in entries]
 
     def _expire(self) -> list[Failure]:
         now = self._clock.wall()
@@ -338,27 +351,44 @@ class Engine:
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+    def load_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> AdapterInfo:
         """Load a PEFT directory under a name, on this thread. Raises InvalidArgument, Unsupported or AlreadyExists.
 
         While requests run: ``read_adapter`` on another thread, then ``register_adapter``.
         """
-        return self.register_adapter(name, self.read_adapter(name, path))
+        return self.register_adapter(name, self.read_adapter(name, path, sharing), sharing)
 
-    def read_adapter(self, name: str, path: str) -> Weights:
-        """Read and check a PEFT directory; changes nothing, safe on any thread. Raises InvalidArgument or Unsupported."""
-        return self._runner.read_adapter(name, path)
+    def read_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> Weights:
+        """Read and check a PEFT directory, and the samples to measure it on where ``sharing`` asks for that; changes nothing,
+        safe on any thread. Raises InvalidArgument or Unsupported."""
+        weights = self._runner.read_adapter(name, path)
+        self._guard.prepare(path, sharing)
+        return weights
 
-    def register_adapter(self, name: str, weights: Weights) -> AdapterInfo:
-        """Serve an adapter that has been read. Raises AlreadyExists when the name stands for other content."""
-        return self._adapters.register(name, weights)
+    def register_adapter(self, name: str, weights: Weights, sharing: Sharing | None = None) -> AdapterInfo:
+        """Serve an adapter that has been read. ``sharing``: how requests with ``auto`` are served on it; ``auto`` measures it
+        beside requests (``AdapterInfo.verdict``), None is what the name has already, else the configured default.
+
+        Raises AlreadyExists when the name stands for other content, Unsupported for a sharing that cannot serve it and
+        InvalidArgument for sample contexts that cannot be used; then nothing has changed.
+        """
+        samples = self._guard.check(weights, sharing)
+        info = self._adapters.register(name, weights)
+        self._guard.register(info, weights, sharing, samples)
+        return self._guard.described(info)
 
     def unload_adapter(self, name: str) -> None:
         """Forget the name; requests under way finish with it, whose files must stay until then. Raises NotFound."""
         self._adapters.unload(name)
+        self._guard.unregister(name)
 
     def list_adapters(self) -> tuple[AdapterInfo, ...]:
-        return self._adapters.infos()
+        """By name, each with how ``auto`` is served on it."""
+        return tuple(self._guard.described(info) for info in self._adapters.infos())
+
+    def served_sharing(self, adapter: AdapterRef) -> Sharing:
+        """What ``auto`` comes to on that adapter now; ``isolated`` for one that is not loaded."""
+        return self._guard.served(adapter)
 
     # --- facts ------------------------------------------------------------------------------------------------------
 
@@ -370,16 +400,16 @@ class Engine:
         return (*(AdapterLoaded(digest) for digest in self._tiers.digests_on_device()), *self._kv.snapshot_events())
 
     def load(self) -> WorkerLoad:
-        """Load for the router, in blocks of page_size tokens."""
+        """Load for the router, in blocks of page_size tokens. The engine's own work delays no request, and does not count."""
         size = self._runner.geometry.page_size
-        waiting = sum(entry.request.num_tokens for entry in self._scheduler.waiting)
-        running = self._scheduler.running
+        waiting = sum(entry.request.num_tokens for entry in self._scheduler.waiting if not is_background(entry))
+        running = [item for item in self._scheduler.running if not is_background(item)]
         queued = waiting + sum(item.num_tokens - item.num_computed for item in running)
         attended = sum(item.num_computed for item in running if isinstance(item, Turn))
         return WorkerLoad(
             queued_prefill_blocks=queued / size,
             decode_blocks=attended / size,
-            num_active=len(self._live),
+            num_active=sum(1 for entry in self._live.values() if not is_background(entry)),
             free_bytes=self._kv.free_bytes,
             total_bytes=self._kv.total_bytes,
         )
@@ -400,8 +430,9 @@ class Engine:
             base_bytes_held=self._kv.base_bytes_held,
             residual_bytes_held=self._kv.residual_bytes_held,
             pools=pools,
-            counters=self._counts.freeze(self._kv, self._scheduler.num_preemptions),
-            adapters=self._adapters.infos(),
+            counters=self._counts.freeze(self._kv, self._scheduler.num_preemptions, self._guard.auto, self._guard.probe),
+            adapters=self.list_adapters(),
+            drift=self._guard.drift(),
             adapter_memory=self._tiers.status(),
             host_bytes_total=host.total_bytes if host is not None else 0,
             host_bytes_held=host.bytes_held if host is not None else 0,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +27,7 @@ from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.output_text import OutputText
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import (
+    AdapterInfo,
     AdapterRef,
     FinishReason,
     GenerateRequest,
@@ -37,12 +37,13 @@ from forkkv_cluster.core.request import (
     TokenLogprob,
     token_array,
 )
-from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
+from forkkv_cluster.core.request_builder import Envelope, Modes, PromptSharing, RequestBuilder, context_plan
 from forkkv_cluster.core.session import Session
 from forkkv_cluster.core.status import EngineStatus
 from forkkv_cluster.engine.engine import Engine
-from forkkv_cluster.engine.llm_context import LOCAL_TENANT, Branch, Context, new_session
-from forkkv_cluster.engine.local_runs import LocalRun, run_to_end
+from forkkv_cluster.engine.llm_context import LOCAL_TENANT, Branch, Context, new_session, parse_sharing
+from forkkv_cluster.engine.local_runs import LocalRun, run_to_end, settle
+from forkkv_cluster.engine.tokenizer_files import TokenizerFiles
 
 __all__ = ["LLM", "Branch", "Completion", "Context", "Prompt"]
 
@@ -50,7 +51,6 @@ Prompt: TypeAlias = str | Sequence[int] | TokenArray
 """Text, or token ids [n]."""
 
 _NO_LIMIT = 2**31 - 1
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,8 @@ class LLM:
 
     def _open(self, config: ClusterConfig) -> None:
         self.engine = Engine.from_config(config)
-        self._model_dir = config.model.path
+        self._tokenizer_files = TokenizerFiles(config.model.path)
+        settle(self.engine)  # Adapters with sharing auto are measured before anything is served.
         # One owner of all pages: nobody to be kept apart, so that no salt is needed.
         self._builder = RequestBuilder(
             self.engine.model_info, block_size=config.cache.page_size, namespace_of=lambda tenant, group: f"{tenant}:{group}"
@@ -159,7 +160,8 @@ class LLM:
         for (branch, _), tokens in zip(turns, appended, strict=True):
             session, state = branch.context.session, branch.state
             state.check_turn(tokens)
-            runs.append(self._local_run(self._builder.turn(session, state, tokens, params, _envelope())))
+            request = self._builder.turn(session, state, tokens, params, _envelope(), self._modes(session))
+            runs.append(self._local_run(request))
         completions = self._run(runs, params)
         for (branch, _), tokens, completion in zip(turns, appended, completions, strict=True):
             branch.context.finish_turn(branch.name, tokens, np.asarray(completion.token_ids, dtype=np.int32))
@@ -203,17 +205,27 @@ class LLM:
 
     def run_context_pass(self, session: Session) -> None:
         """Write what is missing of the session's shared pages, as its sharing asks."""
-        if session.needs_context_pass:
+        plan = context_plan(session, self._modes(session)) if session.needs_context_pass else None
+        if plan is not None:
+            sharing, declared = plan
             request = self._builder.context_pass(
-                session.context, session.adapters, session.sharing, session.sharing_group, session.session_id, _envelope()
+                session.context, declared, sharing, session.sharing_group, session.session_id, _envelope()
             )
             run_to_end(self.engine, [LocalRun(request)])
 
+    def _modes(self, session: Session) -> Modes:
+        return {adapter.name: self.engine.served_sharing(adapter) for adapter in session.adapters}
+
     # --- adapters, tokens, facts ------------------------------------------------------------------------------------
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
-        """Load a PEFT directory. Raises InvalidArgument, Unsupported or AlreadyExists."""
-        self.engine.load_adapter(name, str(path))
+    def load_adapter(self, name: str, path: str | Path, sharing: Sharing | str | None = None) -> AdapterInfo:
+        """Load a PEFT directory. ``sharing``: how contexts with ``auto`` serve it; ``auto`` measures it, before this returns.
+
+        Raises InvalidArgument, Unsupported or AlreadyExists.
+        """
+        info = self.engine.load_adapter(name, str(path), parse_sharing(sharing) if sharing is not None else None)
+        settle(self.engine)
+        return next(found for found in self.engine.list_adapters() if found.name == info.name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises NotFound."""
@@ -230,9 +242,7 @@ class LLM:
     def tokens(self, prompt: Prompt, *, special: bool = False) -> TokenArray:
         """[n] int32; ``special`` adds what the tokenizer puts before a text of its own. Raises InvalidArgument."""
         if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise InvalidArgument("prompt", prompt, "is text, and the model has no tokenizer", "Send token ids.")
-            prompt = self._tokenizer.encode(prompt, add_special_tokens=special)
+            prompt = self._tokenizer_files.encode(prompt, special)
         return token_array(prompt, name="prompt", vocab_size=self.engine.model_info.vocab_size)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -246,17 +256,9 @@ class LLM:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         return text
 
-    @cached_property
+    @property
     def _tokenizer(self) -> Any:
-        if not any((Path(self._model_dir) / name).exists() for name in _TOKENIZER_FILES):
-            return None
-        from transformers import AutoTokenizer  # Here: it takes seconds that token ids need not wait for.
-
-        try:
-            return AutoTokenizer.from_pretrained(self._model_dir, local_files_only=True)
-        except (OSError, ValueError) as error:
-            problem = f"holds no tokenizer that can be loaded ({str(error).splitlines()[0]})"
-            raise InvalidArgument("model", self._model_dir, problem, "Add tokenizer.json and tokenizer_config.json.") from None
+        return self._tokenizer_files.tokenizer
 
     def status(self) -> EngineStatus:
         """What the engine holds and has counted."""

@@ -10,7 +10,6 @@ from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import AdapterRef, SamplingParams, Sharing, WriterMode
-from forkkv_cluster.core.request_builder import check_sharing
 from forkkv_cluster.core.session import Branch as BranchState
 from forkkv_cluster.core.session import BranchSpec, JoinWhat, Session
 
@@ -35,11 +34,11 @@ def new_session(context: TokenArray, adapters: tuple[AdapterRef, ...], sharing: 
 
 
 def parse_sharing(value: Sharing | str) -> Sharing:
-    """A policy by name. Raises InvalidArgument for an unknown one, Unsupported for ``auto``."""
+    """A policy by name. Raises InvalidArgument for an unknown one."""
     try:
-        return check_sharing(Sharing(value))
+        return Sharing(value)
     except ValueError:
-        raise InvalidArgument("sharing", value, "is not known", "Name isolated, residual, eager or base.") from None
+        raise InvalidArgument("sharing", value, "is not known", "Name isolated, residual, eager, base or auto.") from None
 
 
 class Context:

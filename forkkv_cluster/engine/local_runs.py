@@ -85,7 +85,7 @@ def run_to_end(engine: Engine, runs: Sequence[LocalRun]) -> None:
     finally:
         for request_id in [run.request.request_id for run in runs]:
             engine.abort(request_id)
-        _settle(engine)
+        settle(engine)
 
 
 def _deliver(engine: Engine, output: StepOutput, live: dict[str, LocalRun]) -> None:
@@ -101,6 +101,7 @@ def _deliver(engine: Engine, output: StepOutput, live: dict[str, LocalRun]) -> N
         raise errors[0]
 
 
-def _settle(engine: Engine) -> None:
+def settle(engine: Engine) -> None:
+    """Step until nothing is left to do, the engine's own work included."""
     while engine.has_work:
         engine.step()

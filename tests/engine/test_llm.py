@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from forkkv_cluster.core.config import parse_config
-from forkkv_cluster.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from forkkv_cluster.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from forkkv_cluster.core.request import FinishReason, SamplingParams
 from forkkv_cluster.engine.llm import LLM
 from forkkv_cluster.testing.tiny_models import TinyKit
@@ -160,8 +160,6 @@ def test_mistakes_are_named_with_their_remedy(llm: LLM):
         llm.context([])
     with pytest.raises(InvalidArgument, match="sharing='some'"):
         llm.context(CONTEXT, sharing="some")
-    with pytest.raises(Unsupported, match="auto"):
-        llm.context(CONTEXT, sharing="auto")
 
 
 def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(tiny_kit: TinyKit, tmp_path: Path):
