@@ -13,6 +13,7 @@ from rich.panel import Panel
 
 from forkkv_cluster.bench.cli import app as bench_app
 from forkkv_cluster.bench.demo import StartedCluster, make_demo
+from forkkv_cluster.cli.adapters import load_adapter
 from forkkv_cluster.cli.common import errors_for_people
 from forkkv_cluster.cli.config import config as config_command
 from forkkv_cluster.cli.generate import generate
@@ -30,6 +31,7 @@ cli = typer.Typer(
 )
 cli.command()(status)
 cli.command()(generate)
+cli.command("load-adapter")(load_adapter)
 cli.command("config")(config_command)
 cli.add_typer(bench_app, name="bench")
 
@@ -60,6 +62,10 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16. \[default: auto]")] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="KV memory of each worker, for example 512MiB.")] = None,
     sharing: Annotated[Sharing | None, typer.Option(help=r"Sharing of sessions that name none. \[default: eager]")] = None,
+    adapter_sharing: Annotated[
+        Sharing | None,
+        typer.Option(help=r"What auto comes to on adapters that name none; auto: they are measured. \[default: isolated]"),
+    ] = None,
     session_store: Annotated[str | None, typer.Option(help="memory:, sqlite:PATH or redis://HOST:PORT/DB.")] = None,
 ) -> None:
     """Start a cluster on this host and serve until Ctrl-C.
@@ -74,7 +80,7 @@ def serve(
             "server": {"host": host, "http_port": http_port, "grpc_port": grpc_port},
             "worker": {"num_replicas": workers},
             "gateway": {"session_store": session_store},
-            "defaults": {"session_sharing": sharing},
+            "defaults": {"session_sharing": sharing, "adapter_sharing": adapter_sharing},
         }
         run_until_stopped(merged_config(load_config(config) if config else ClusterConfig(), overrides, adapter or []))
 

@@ -13,7 +13,9 @@ from rich.table import Table
 
 from forkkv_cluster.cli.common import DEFAULT_ADDRESS, Address, Token, errors_for_people, size
 from forkkv_cluster.client import ForkKVClient, Status
+from forkkv_cluster.core.request import AdapterInfo
 from forkkv_cluster.core.status import EngineStatus
+from forkkv_cluster.core.verdict import VerdictState
 
 
 def status(
@@ -32,6 +34,8 @@ def status(
     console.print(worker_table(found))
     console.print(memory_table(found))
     console.print(adapter_table(found))
+    if any(is_told(info) for info in found.cluster.adapters):
+        console.print(sharing_table(found))
     console.print(_footer(found))
 
 
@@ -107,6 +111,43 @@ def adapter_table(found: Status) -> Table:
             size(worker.engine.merged_bytes_held),
         )
     return table
+
+
+def is_told(info: AdapterInfo) -> bool:
+    """Whether there is more to say of ``auto`` on this adapter than that it was not measured."""
+    return info.verdict is not None and info.verdict.state is not VerdictState.UNMEASURED
+
+
+def sharing_table(found: Status) -> Table:
+    """One row an adapter that was measured or named for ``auto``: how it is served, what was measured, what drifts.
+
+    ``measured`` is disagreement with the reference and its upper bound, ``drift`` the same of served branches on the worker
+    where it is largest.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("adapter", "auto is", "because", "measured", "drift"):
+        table.add_column(name)
+    for info in found.cluster.adapters:
+        verdict = info.verdict
+        if verdict is None or not is_told(info):
+            continue
+        measured = [f"{e.sharing} {e.agreement.disagreement:.2%} (<{e.agreement.upper_bound:.2%})" for e in verdict.measured]
+        table.add_row(
+            info.name,
+            f"{verdict.sharing} ({verdict.state})",
+            verdict.reason,
+            ", ".join(measured) or "none",
+            _largest_drift(found, info),
+        )
+    return table
+
+
+def _largest_drift(found: Status, info: AdapterInfo) -> str:
+    drifts = [d for worker in found.cluster.workers for d in worker.engine.drift if d.digest == info.digest]
+    if not drifts:
+        return "none probed"
+    worst = max(drifts, key=lambda drift: drift.agreement.disagreement)
+    return f"{worst.sharing} {worst.agreement.disagreement:.2%} of {worst.agreement.num_positions}"
 
 
 def _largest(engine: EngineStatus, kind: str, limit: int = 3) -> str:

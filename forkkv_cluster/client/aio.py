@@ -131,9 +131,10 @@ class AsyncForkKVClient:
         """A request of its own, as a whole; arguments as of ``stream``."""
         return await collect(self.stream(prompt, **arguments))
 
-    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """``path`` is a PEFT directory on the workers' hosts."""
-        request = messages.load_adapter_request(name, path)
+    async def load_adapter(self, name: str, path: str, *, sharing: Sharing | str | None = None) -> AdapterInfo:
+        """``path`` is a PEFT directory on the workers' hosts. ``sharing``: how requests with ``auto`` are served on it, where
+        ``auto`` starts measuring it, and ``list_adapters`` says with what verdict."""
+        request = messages.load_adapter_request(name, path, sharing)
         return messages.read_adapter(await self.call(self.stubs.adapters.LoadAdapter, request))
 
     async def unload_adapter(self, name: str) -> None:

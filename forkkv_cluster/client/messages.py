@@ -18,6 +18,7 @@ from forkkv_cluster.client.results import (
     Started,
     Status,
 )
+from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.errors import Internal, InvalidArgument
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import (
@@ -32,6 +33,7 @@ from forkkv_cluster.core.request import (
 )
 from forkkv_cluster.core.session import BranchSpec, JoinWhat
 from forkkv_cluster.core.status import (
+    AdapterDrift,
     AdapterMemoryStatus,
     ClusterStatus,
     DirectoryStatus,
@@ -41,6 +43,7 @@ from forkkv_cluster.core.status import (
     PoolStatus,
     WorkerStatus,
 )
+from forkkv_cluster.core.verdict import PolicyAgreement, SharingVerdict, VerdictState
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -149,8 +152,8 @@ def join_request(session_id: str, branch: str, what: JoinWhat | str) -> sessions
     return filled(sessions_pb2.JoinRequest(session_id=session_id, what=value), branch=branch)
 
 
-def load_adapter_request(name: str, path: str) -> adapters_pb2.LoadAdapterRequest:
-    return filled(adapters_pb2.LoadAdapterRequest(), name=name, path=path)
+def load_adapter_request(name: str, path: str, sharing: Sharing | str | None) -> adapters_pb2.LoadAdapterRequest:
+    return filled(adapters_pb2.LoadAdapterRequest(sharing=sharing_value(sharing)), name=name, path=path)
 
 
 def unload_adapter_request(name: str) -> adapters_pb2.UnloadAdapterRequest:
@@ -324,6 +327,7 @@ def _read_finished(message: sessions_pb2.TurnFinished) -> Finished:
         ttft_s=message.ttft_s,
         e2e_s=message.e2e_s,
         is_adapter_inactive=message.is_adapter_inactive,
+        sharing=_read_sharing(message.sharing),
     )
 
 
@@ -336,6 +340,46 @@ def read_adapter(message: adapters_pb2.Adapter) -> AdapterInfo:
         target_modules=tuple(message.target_modules),
         residual_bytes_per_token=message.residual_bytes_per_token,
         invocation_tokens=tuple(message.invocation_tokens),
+        trained_for=_read_sharing(message.trained_for),
+        sharing=_read_sharing(message.sharing),
+        verdict=_read_verdict(message.verdict) if message.HasField("verdict") else None,
+    )
+
+
+def _read_sharing(value: int) -> Sharing | None:
+    name = common_pb2.Sharing.Name(value)
+    return None if name == "SHARING_UNSPECIFIED" else Sharing[name.removeprefix("SHARING_")]
+
+
+def _read_verdict(message: adapters_pb2.SharingVerdict) -> SharingVerdict:
+    return SharingVerdict(
+        sharing=_read_sharing(message.sharing) or Sharing.ISOLATED,
+        state=VerdictState(message.state),
+        reference=_read_sharing(message.reference) or Sharing.ISOLATED,
+        reason=message.reason,
+        max_disagreement=message.max_disagreement,
+        measured=tuple(
+            PolicyAgreement(_read_sharing(entry.sharing) or Sharing.ISOLATED, _read_agreement(entry.agreement))
+            for entry in message.measured
+        ),
+        samples=message.samples,
+        decided_s=message.decided_s,
+    )
+
+
+def _read_agreement(message: adapters_pb2.Agreement) -> Agreement:
+    return Agreement(message.num_positions, message.num_disagreements, message.kl_sum)
+
+
+def _read_drift(message: cluster_pb2.AdapterDrift) -> AdapterDrift:
+    return AdapterDrift(
+        adapter=message.adapter,
+        digest=message.digest,
+        sharing=_read_sharing(message.sharing) or Sharing.ISOLATED,
+        num_probes=message.num_probes,
+        num_diverged=message.num_diverged,
+        agreement=_read_agreement(message.agreement),
+        first_divergence=message.first_divergence if message.HasField("first_divergence") else None,
     )
 
 
@@ -396,6 +440,7 @@ def _read_worker(message: cluster_pb2.WorkerStatus, model: ModelInfo) -> WorkerS
             **{name: getattr(message.adapter_memory, name) for name in AdapterMemoryStatus.__slots__}
         ),
         merged_bytes_held=message.merged_bytes_held,
+        drift=tuple(_read_drift(drift) for drift in message.drift),
     )
     return WorkerStatus(
         worker_id=message.worker_id,

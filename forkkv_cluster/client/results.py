@@ -41,7 +41,7 @@ class Delta:
 class Finished:
     """Last event of a stream that ended well. ``finish_reason`` is None for a turn replayed from the store; times are the
     server's, seconds from arrival. ``is_adapter_inactive``: the adapter is an aLoRA that the prompt does not invoke, so that
-    the base model answered."""
+    the base model answered. ``sharing``: how it was served, which under ``auto`` is the server's choice."""
 
     finish_reason: FinishReason | None
     num_prompt_tokens: int
@@ -52,6 +52,7 @@ class Finished:
     ttft_s: float
     e2e_s: float
     is_adapter_inactive: bool = False
+    sharing: Sharing | None = None
 
 
 Event = Started | PromptLogprobs | Delta | Finished

@@ -128,9 +128,10 @@ class ForkKVClient:
         """A request of its own, as a whole; arguments as of ``stream``."""
         return collect(self.stream(prompt, **arguments))
 
-    def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """``path`` is a PEFT directory on the workers' hosts."""
-        request = messages.load_adapter_request(name, path)
+    def load_adapter(self, name: str, path: str, *, sharing: Sharing | str | None = None) -> AdapterInfo:
+        """``path`` is a PEFT directory on the workers' hosts. ``sharing``: how requests with ``auto`` are served on it, where
+        ``auto`` starts measuring it, and ``list_adapters`` says with what verdict."""
+        request = messages.load_adapter_request(name, path, sharing)
         return messages.read_adapter(self.call(self.stubs.adapters.LoadAdapter, request))
 
     def unload_adapter(self, name: str) -> None:

@@ -6,11 +6,12 @@ loaded on every worker that is up; a worker that starts afterwards answers NotFo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from forkkv_cluster.core.errors import FailedPrecondition, ForkKVError, Internal, InvalidArgument, NotFound, Unavailable
-from forkkv_cluster.core.request import AdapterInfo, AdapterRef
+from forkkv_cluster.core.request import AdapterInfo, AdapterRef, Sharing
 from forkkv_cluster.gateway.session_store import SessionStore
 from forkkv_cluster.gateway.worker_pool import WorkerPool
 
@@ -47,8 +48,9 @@ class AdapterRegistry:
             )
         return known[name].ref
 
-    async def load(self, name: str, path: str) -> AdapterInfo:
-        """Load on every worker, or on none; the same weights under the same name again are no error.
+    async def load(self, name: str, path: str, sharing: Sharing | None = None) -> AdapterInfo:
+        """Load on every worker, or on none; the same weights under the same name again are no error. ``sharing``: how ``auto``
+        is served on it; ``auto`` makes each worker measure it, None leaves what the name has, else is the default.
 
         A relative path counts from where the server runs: a worker may start elsewhere, so the absolute one is kept.
         Raises what the workers raise: InvalidArgument, Unsupported, AlreadyExists.
@@ -57,8 +59,8 @@ class AdapterRegistry:
         if not path:
             raise InvalidArgument("path", path, "is empty", "Name a PEFT directory that every worker can read.")
         before = {info.name: info for info in await self.list()}.get(name)
-        info = await self._load_everywhere(name, _absolute(path), before)
-        await self._store.put_adapter(info)
+        info = await self._load_everywhere(name, _absolute(path), before, sharing)
+        await self._store.put_adapter(replace(info, verdict=None))
         return info
 
     async def unload(self, name: str) -> None:
@@ -78,12 +80,12 @@ class AdapterRegistry:
         if info is None or info.digest != adapter.digest:
             return False
         await self._check_files(info)
-        return (await self._load_everywhere(info.name, info.path, info)).digest == adapter.digest
+        return (await self._load_everywhere(info.name, info.path, info, info.sharing)).digest == adapter.digest
 
     async def _check_files(self, info: AdapterInfo) -> None:
         # Under a name of its own: unloading the real one again would take it from the workers that still have the content.
         probe = f"{info.name} (restored)"
-        found = await self._load_everywhere(probe, info.path, None)
+        found = await self._load_everywhere(probe, info.path, None, Sharing.ISOLATED)  # nothing to measure
         await self._pool.broadcast("unload_adapter", probe)
         if found.digest != info.digest:
             raise FailedPrecondition(
@@ -91,9 +93,9 @@ class AdapterRegistry:
                 f"{info.digest}, now {found.digest}). Put the old files back, or unload the adapter and load it again."
             )
 
-    async def _load_everywhere(self, name: str, path: str, before: AdapterInfo | None) -> AdapterInfo:
+    async def _load_everywhere(self, name: str, path: str, before: AdapterInfo | None, sharing: Sharing | None) -> AdapterInfo:
         """``before`` is what the name stood for: then it stays on the workers that still have it."""
-        results = await self._pool.broadcast("load_adapter", name, path)
+        results = await self._pool.broadcast("load_adapter", name, path, sharing)
         loaded = [result for result in results if isinstance(result, AdapterInfo)]
         failures = [result for result in results if isinstance(result, BaseException)]
         if failures and loaded and before is None:

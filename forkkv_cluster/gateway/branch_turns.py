@@ -21,6 +21,7 @@ from forkkv_cluster.gateway.commands import BranchTarget, GenerateCommand, TurnE
 from forkkv_cluster.gateway.replay import check_same_turn, find_turn, fingerprint_of, skip_received, stored_turn
 from forkkv_cluster.gateway.request_builder import Envelope, RequestBuilder
 from forkkv_cluster.gateway.session_store import SessionStore
+from forkkv_cluster.gateway.sharing_view import SharingView
 from forkkv_cluster.gateway.tokenization import Tokenization
 from forkkv_cluster.gateway.turn_hub import TurnHub
 from forkkv_cluster.gateway.turns import TurnRunner
@@ -47,6 +48,7 @@ class BranchTurns:
         tokenization: Tokenization,
         clock: Clock,
         busy: BusyBranches,
+        sharing: SharingView,
         *,
         resume_grace_s: float,
     ) -> None:
@@ -56,6 +58,7 @@ class BranchTurns:
         self._tokenization = tokenization
         self._clock = clock
         self._busy = busy
+        self._sharing = sharing
         self._hub = TurnHub(resume_grace_s)
 
     async def events(
@@ -104,7 +107,8 @@ class BranchTurns:
         num_prompt_tokens = len(branch.context) + len(branch.own) + len(turn.appended)
         sampling = self._builder.sampling(turn.command.sampling, num_prompt_tokens, draw_seed())
         envelope = new_envelope(self._clock, session.tenant, turn.command)
-        request = self._builder.turn(session, branch, turn.appended, sampling, envelope)
+        modes = await self._sharing.modes_of(session, branch.sharing)
+        request = self._builder.turn(session, branch, turn.appended, sampling, envelope, modes)
         output = self._runner.output_of(request)
         async with aclosing(self._runner.run(request, output)) as events:
             async for event in events:

@@ -7,6 +7,7 @@ from typing import Any, cast
 from google.protobuf.message import Message
 
 from forkkv_cluster.api.v1 import adapters_pb2, cluster_pb2, common_pb2, sessions_pb2
+from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.errors import ForkKVError, InvalidArgument
 from forkkv_cluster.core.request import (
     AdapterInfo,
@@ -21,7 +22,15 @@ from forkkv_cluster.core.request import (
     TokenLogprob,
 )
 from forkkv_cluster.core.session import Branch, BranchSpec, JoinWhat, Session
-from forkkv_cluster.core.status import AdapterMemoryStatus, ClusterStatus, DirectoryStatus, EngineCounters, WorkerStatus
+from forkkv_cluster.core.status import (
+    AdapterDrift,
+    AdapterMemoryStatus,
+    ClusterStatus,
+    DirectoryStatus,
+    EngineCounters,
+    WorkerStatus,
+)
+from forkkv_cluster.core.verdict import SharingVerdict
 from forkkv_cluster.gateway.commands import (
     BranchTarget,
     CreateSessionCommand,
@@ -191,6 +200,10 @@ def _write_sharing(sharing: Sharing) -> common_pb2.Sharing:
     return cast(common_pb2.Sharing, common_pb2.Sharing.Value(f"SHARING_{sharing.name}"))
 
 
+def _write_optional_sharing(sharing: Sharing | None) -> common_pb2.Sharing:
+    return _write_sharing(sharing) if sharing is not None else common_pb2.SHARING_UNSPECIFIED
+
+
 def write_event(event: TurnEvent) -> sessions_pb2.GenerateResponse:
     if isinstance(event, TurnStarted):
         return sessions_pb2.GenerateResponse(
@@ -242,6 +255,7 @@ def _write_finished(event: TurnFinished) -> sessions_pb2.TurnFinished:
         ttft_s=event.ttft_s,
         e2e_s=event.e2e_s,
         is_adapter_inactive=event.is_adapter_inactive,
+        sharing=_write_optional_sharing(event.sharing),
     )
 
 
@@ -268,6 +282,47 @@ def write_adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         target_modules=info.target_modules,
         residual_bytes_per_token=info.residual_bytes_per_token,
         invocation_tokens=info.invocation_tokens,
+        trained_for=_write_optional_sharing(info.trained_for),
+        sharing=_write_optional_sharing(info.sharing),
+        verdict=_write_verdict(info.verdict) if info.verdict is not None else None,
+    )
+
+
+def _write_verdict(verdict: SharingVerdict) -> adapters_pb2.SharingVerdict:
+    return adapters_pb2.SharingVerdict(
+        sharing=_write_sharing(verdict.sharing),
+        state=str(verdict.state),
+        reference=_write_sharing(verdict.reference),
+        reason=verdict.reason,
+        max_disagreement=verdict.max_disagreement,
+        measured=[
+            adapters_pb2.PolicyAgreement(sharing=_write_sharing(e.sharing), agreement=_write_agreement(e.agreement))
+            for e in verdict.measured
+        ],
+        samples=verdict.samples,
+        decided_s=verdict.decided_s,
+    )
+
+
+def _write_agreement(agreement: Agreement) -> adapters_pb2.Agreement:
+    return adapters_pb2.Agreement(
+        num_positions=agreement.num_positions,
+        num_disagreements=agreement.num_disagreements,
+        kl_sum=agreement.kl_sum,
+        lower_bound=agreement.lower_bound,
+        upper_bound=agreement.upper_bound,
+    )
+
+
+def _write_drift(drift: AdapterDrift) -> cluster_pb2.AdapterDrift:
+    return cluster_pb2.AdapterDrift(
+        adapter=drift.adapter,
+        digest=drift.digest,
+        sharing=_write_sharing(drift.sharing),
+        num_probes=drift.num_probes,
+        num_diverged=drift.num_diverged,
+        agreement=_write_agreement(drift.agreement),
+        first_divergence=drift.first_divergence,
     )
 
 
@@ -329,6 +384,7 @@ def _write_worker(worker: WorkerStatus) -> cluster_pb2.WorkerStatus:
         holdings=[cluster_pb2.Holding(kind=held.kind, name=held.name, num_bytes=held.num_bytes) for held in engine.holdings],
         adapter_memory=_write_adapter_memory(engine.adapter_memory),
         merged_bytes_held=engine.merged_bytes_held,
+        drift=[_write_drift(drift) for drift in engine.drift],
     )
 
 

@@ -32,6 +32,7 @@ from forkkv_cluster.gateway.openai_format import (
     CompletionFormat,
     ResponseFormat,
     TokenText,
+    adapter_body,
     error_body,
     error_headers,
 )
@@ -102,7 +103,8 @@ async def models(gateway: Gateway, caller: Caller) -> Response:
     base = {"id": gateway.model.name, "object": "model", "created": 0, "owned_by": "forkkv"}
     data = [{**base, "max_model_len": gateway.model.max_model_len, "root": gateway.model.name, "parent": None}]
     for info in await gateway.list_adapters():
-        data.append({**base, "id": info.name, "root": info.path, "parent": gateway.model.name})
+        entry = {**base, "id": info.name, "root": info.path, "parent": gateway.model.name}
+        data.append({**entry, "forkkv": adapter_body(info)})
     return JSONResponse({"object": "list", "data": data})
 
 
@@ -126,7 +128,7 @@ async def detokenize(body: DetokenizeRequest, gateway: Gateway, caller: Caller) 
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadAdapterBody, gateway: Gateway, caller: Caller) -> Response:
     """Load a PEFT directory on every worker. The same weights under the same name again are no error."""
-    info = await gateway.load_adapter(body.lora_name, body.lora_path)
+    info = await gateway.load_adapter(body.lora_name, body.lora_path, body.sharing)
     return PlainTextResponse(f"Success: LoRA adapter '{info.name}' added successfully.")
 
 

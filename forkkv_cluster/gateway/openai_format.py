@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from forkkv_cluster.core.errors import ForkKVError, InvalidArgument, ResourceExhausted
-from forkkv_cluster.core.request import PromptLogprobs, TokenLogprob
+from forkkv_cluster.core.request import AdapterInfo, PromptLogprobs, TokenLogprob
 from forkkv_cluster.gateway.choices import whole_usage
 from forkkv_cluster.gateway.commands import TurnDelta, TurnFinished
 
@@ -60,8 +60,32 @@ def usage_body(finished: TurnFinished) -> dict[str, Any]:
             "worker_ids": list(finished.worker_ids),
             "num_resumes": finished.num_resumes,
             "is_adapter_inactive": finished.is_adapter_inactive,
+            "sharing": str(finished.sharing) if finished.sharing is not None else None,
         },
     }
+
+
+def adapter_body(info: AdapterInfo) -> dict[str, Any]:
+    """What a model list says of an adapter besides OpenAI's fields: how ``auto`` is served on it, and why."""
+    verdict = info.verdict
+    if verdict is None:
+        return {"digest": info.digest, "verdict": None}
+    measured = {
+        str(entry.sharing): {
+            "num_positions": entry.agreement.num_positions,
+            "num_disagreements": entry.agreement.num_disagreements,
+            "disagreement": entry.agreement.disagreement,
+            "upper_bound": entry.agreement.upper_bound,
+            "mean_kl": entry.agreement.mean_kl,
+        }
+        for entry in verdict.measured
+    }
+    facts = {"sharing": str(verdict.sharing), "state": str(verdict.state), "reference": str(verdict.reference)}
+    figures = {"max_disagreement": verdict.max_disagreement, "measured": measured, "decided_s": verdict.decided_s}
+    return {
+        "digest": info.digest,
+        "verdict": {**facts, "reason": verdict.reason, **figures, "samples": verdict.samples},
+    }  # fmt: skip
 
 
 class ResponseFormat:

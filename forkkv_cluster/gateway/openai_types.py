@@ -363,12 +363,13 @@ class DetokenizeRequest(BaseModel):
 
 
 class LoadAdapterBody(BaseModel):
-    """POST /v1/load_lora_adapter."""
+    """POST /v1/load_lora_adapter. ``sharing``: how requests with ``auto`` are served on it; ``auto`` measures it."""
 
     model_config = ConfigDict(extra="forbid")
 
     lora_name: str
     lora_path: str
+    sharing: Sharing | None = None
 
 
 class UnloadAdapterBody(BaseModel):

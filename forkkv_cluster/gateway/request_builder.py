@@ -9,11 +9,11 @@ from forkkv_cluster.core import request_builder
 from forkkv_cluster.core.config import DefaultsConfig
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import AdapterRef, GenerateRequest, ModelInfo, SamplingParams
-from forkkv_cluster.core.request_builder import Envelope, PromptSharing, check_sharing
+from forkkv_cluster.core.request_builder import NO_MODES, Envelope, Modes, PromptSharing, served_choice
 from forkkv_cluster.gateway.commands import SamplingChoice, StatelessTarget
 from forkkv_cluster.gateway.identity import page_namespace
 
-__all__ = ["Envelope", "RequestBuilder", "check_sharing"]
+__all__ = ["Envelope", "RequestBuilder"]
 
 
 class RequestBuilder(request_builder.RequestBuilder):
@@ -30,10 +30,12 @@ class RequestBuilder(request_builder.RequestBuilder):
         target: StatelessTarget,
         sampling: SamplingParams,
         envelope: Envelope,
+        modes: Modes = NO_MODES,
     ) -> GenerateRequest:
-        """A request of its own, [n] int32. Raises InvalidArgument for a fork point that makes no sense."""
+        """A request of its own, [n] int32; ``auto`` as ``modes`` say. Raises InvalidArgument for a fork point that makes no
+        sense."""
         choice = PromptSharing(target.sharing, target.shared_prefix_tokens, target.sharing_group)
-        return self.prompt(tokens, adapter, choice, sampling, envelope)
+        return self.prompt(tokens, adapter, served_choice(choice, adapter, modes, len(tokens)), sampling, envelope)
 
     def sampling(self, choice: SamplingChoice, num_prompt_tokens: int, drawn_seed: int) -> SamplingParams:
         """The client's choice with the server's defaults filled in; raises InvalidArgument when it does not fit the model."""

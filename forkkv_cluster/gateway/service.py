@@ -19,7 +19,8 @@ from forkkv_cluster.core.config import ClusterConfig
 from forkkv_cluster.core.errors import AlreadyExists, ForkKVError, InvalidArgument
 from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.prefix import TokenArray
-from forkkv_cluster.core.request import AdapterInfo, AdapterRef, ModelInfo
+from forkkv_cluster.core.request import AdapterInfo, AdapterRef, ModelInfo, Sharing
+from forkkv_cluster.core.request_builder import context_plan
 from forkkv_cluster.core.session import Branch, BranchSpec, BusyBranches, JoinWhat, Session
 from forkkv_cluster.core.status import ClusterStatus, DirectoryStatus, WorkerStatus
 from forkkv_cluster.gateway.adapters import AdapterRegistry
@@ -35,8 +36,9 @@ from forkkv_cluster.gateway.commands import (
 from forkkv_cluster.gateway.identity import acting_tenant
 from forkkv_cluster.gateway.metered import metered
 from forkkv_cluster.gateway.replay import check_pick_up
-from forkkv_cluster.gateway.request_builder import Envelope, RequestBuilder, check_sharing
+from forkkv_cluster.gateway.request_builder import Envelope, RequestBuilder
 from forkkv_cluster.gateway.session_store import SessionStore, unknown_session
+from forkkv_cluster.gateway.sharing_view import SharingView, merged_verdicts
 from forkkv_cluster.gateway.tokenization import Tokenization
 from forkkv_cluster.gateway.turns import TurnRunner
 from forkkv_cluster.gateway.worker_pool import WorkerLost, WorkerPool
@@ -70,6 +72,7 @@ class GatewayService:
         self._directory_status = directory_status
         self.metrics = GatewayMetrics()
         self._adapters = AdapterRegistry(pool, store)
+        self._sharing = SharingView(pool, clock)
         self._busy = BusyBranches()
         self._background: set[asyncio.Task[None]] = set()
         self._started: asyncio.Task[None] | None = None
@@ -103,6 +106,7 @@ class GatewayService:
             self.tokenization,
             self._clock,
             self._busy,
+            self._sharing,
             resume_grace_s=self.config.gateway.resume_grace_s,
         )
         await self._adapters.refresh()
@@ -122,7 +126,7 @@ class GatewayService:
     async def create_session(self, caller: str | None, command: CreateSessionCommand) -> Session:
         """Stores the session and starts its context pass; returns without waiting for it."""
         await self.start()
-        sharing = check_sharing(command.sharing or self.config.defaults.session_sharing)
+        sharing = command.sharing or self.config.defaults.session_sharing
         context = self._tokens(command.context, "token_ids", special=True)
         self._builder.check_context(context)
         adapters = [await self._adapters.resolve(name) for name in dict.fromkeys(command.adapters)]
@@ -167,9 +171,6 @@ class GatewayService:
         self, caller: str | None, session_id: str, specs: tuple[BranchSpec, ...], parent: str | None
     ) -> list[Branch]:
         """All branches or none; a branch's own tokens become context when another adapter forks it."""
-        for spec in specs:
-            if spec.sharing is not None:
-                check_sharing(spec.sharing)
         await self.get_session(caller, session_id)
         if parent is not None:
             self._busy.check_idle(session_id, parent)
@@ -236,27 +237,33 @@ class GatewayService:
         adapter = await self._adapters.resolve(target.adapter)
         sampling = self._builder.sampling(command.sampling, len(tokens), draw_seed())
         envelope = new_envelope(self._clock, acting_tenant(caller, target.tenant), command)
-        request = self._builder.stateless(tokens, adapter, target, sampling, envelope)
+        modes = await self._sharing.modes([adapter] if adapter is not None and target.sharing is Sharing.AUTO else [])
+        request = self._builder.stateless(tokens, adapter, target, sampling, envelope, modes)
         async with aclosing(self._runner.run(request, self._runner.output_of(request))) as events:
             async for event in events:
                 yield event
 
     # Adapters and status
 
-    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+    async def load_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> AdapterInfo:
         """Raises AlreadyExists for the base model's name, and what ``AdapterRegistry.load`` raises."""
         await self.start()
         if name == self.model.name:
             raise AlreadyExists("model", name, "It is the base model: choose another name for the adapter.")
-        return await self._adapters.load(name, path)
+        try:
+            return await self._adapters.load(name, path, sharing)
+        finally:
+            self._sharing.forget()
 
     async def unload_adapter(self, name: str) -> None:
         await self.start()
         await self._adapters.unload(name)
+        self._sharing.forget()
 
     async def list_adapters(self) -> tuple[AdapterInfo, ...]:
+        """By name, each with how ``auto`` is served on it now."""
         await self.start()
-        return await self._adapters.list()
+        return self._sharing.described(await self._adapters.list(), await self._sharing.verdicts())
 
     async def resolve_adapter(self, name: str | None) -> AdapterRef | None:
         """None, the base model, for None. Raises NotFound."""
@@ -275,7 +282,9 @@ class GatewayService:
             directory=await self._directory_status(),
             num_sessions=len(sessions),
             num_branches=sum(len(session.branches) for session in sessions),
-            adapters=await self._adapters.list(),
+            adapters=self._sharing.described(
+                await self._adapters.list(), merged_verdicts(worker.engine.adapters for worker in workers)
+            ),
         )
 
     # Helpers
@@ -292,19 +301,18 @@ class GatewayService:
         """
         if not session.needs_context_pass:
             return
-        request = self._builder.context_pass(
-            context,
-            session.adapters,
-            session.sharing,
-            session.sharing_group,
-            session.session_id,
-            Envelope(new_id("context"), session.tenant),
-        )
-
-        if context is session.context:  # not a branch's own tokens, which another adapter forked
-            request = replace(request, keep_s=session.keep_s)
 
         async def run() -> None:
+            plan = context_plan(session, await self._sharing.modes_of(session, session.sharing))
+            if plan is None:
+                return
+            sharing, declared = plan
+            envelope = Envelope(new_id("context"), session.tenant)
+            request = self._builder.context_pass(
+                context, declared, sharing, session.sharing_group, session.session_id, envelope
+            )
+            if context is session.context:  # not a branch's own tokens, which another adapter forked
+                request = replace(request, keep_s=session.keep_s)
             try:
                 await self._pool.run_context(request)
             except (ForkKVError, WorkerLost) as error:

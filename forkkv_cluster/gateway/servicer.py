@@ -133,7 +133,8 @@ class GrpcServicer:
 
     @unary(adapters_pb2.Adapter)
     async def LoadAdapter(self, request: adapters_pb2.LoadAdapterRequest, caller: str | None) -> adapters_pb2.Adapter:
-        return codec.write_adapter(await self.service.load_adapter(request.name, request.path))
+        sharing = codec.read_sharing(request.sharing)
+        return codec.write_adapter(await self.service.load_adapter(request.name, request.path, sharing))
 
     @unary(adapters_pb2.UnloadAdapterResponse)
     async def UnloadAdapter(

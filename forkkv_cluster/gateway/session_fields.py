@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 import numpy as np
@@ -70,13 +70,16 @@ def from_fields(fields: Mapping[str, bytes]) -> Session:
 
 
 def adapter_to_json(adapter: AdapterInfo) -> str:
-    return json.dumps(asdict(adapter))
+    """Without its verdict, which is the workers' own. What is not said is left out, as earlier versions wrote it."""
+    values = asdict(replace(adapter, verdict=None))
+    return json.dumps({name: value for name, value in values.items() if value is not None})
 
 
 def adapter_from_json(text: str | bytes) -> AdapterInfo:
     values = json.loads(text)
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return AdapterInfo(**{**values, **lists})
+    sharings = {name: Sharing(values[name]) for name in ("sharing", "trained_for") if name in values}
+    return AdapterInfo(**{**values, **lists, **sharings})
 
 
 def _meta(session: Session) -> bytes:

@@ -88,6 +88,7 @@ class TurnRunner:
             ttft_s=(first_token if first_token is not None else end) - arrival,
             e2e_s=end - arrival,
             is_adapter_inactive=request.is_adapter_inactive,
+            sharing=request.sharing,
         )
 
     def output_of(self, request: GenerateRequest) -> TurnOutput:

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from forkkv_cluster.core.status import ClusterStatus, EngineCounters, WorkerStatus
+from forkkv_cluster.core.status import AdapterDrift, ClusterStatus, EngineCounters, WorkerStatus
+from forkkv_cluster.core.verdict import VerdictState
 
 Sample = tuple[tuple[str, ...], float]
 """(label values, value)."""
@@ -97,6 +98,39 @@ def _adapter_bytes(status: ClusterStatus) -> Iterator[Sample]:
     for worker in status.workers:
         yield (worker.worker_id, "device"), float(worker.engine.adapter_memory.device_bytes)
         yield (worker.worker_id, "host"), float(worker.engine.adapter_memory.host_bytes)
+
+
+def _sharing(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        for info in worker.engine.adapters:
+            if info.verdict is not None and info.verdict.state is not VerdictState.UNMEASURED:
+                yield (worker.worker_id, info.name, str(info.verdict.sharing), str(info.verdict.state)), 1.0
+
+
+def _disagreement(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        for info in worker.engine.adapters:
+            for entry in info.verdict.measured if info.verdict is not None else ():
+                labels = (worker.worker_id, info.name, str(entry.sharing))
+                yield (*labels, "measured"), entry.agreement.disagreement
+                yield (*labels, "upper"), entry.agreement.upper_bound
+
+
+def _drift(status: ClusterStatus) -> Iterator[Sample]:
+    for worker in status.workers:
+        for drift in worker.engine.drift:
+            labels = (worker.worker_id, drift.adapter, str(drift.sharing))
+            yield (*labels, "measured"), drift.agreement.disagreement
+            yield (*labels, "lower"), drift.agreement.lower_bound
+            yield (*labels, "upper"), drift.agreement.upper_bound
+
+
+def _of_drift(read: Callable[[AdapterDrift], float]) -> Callable[[ClusterStatus], Iterator[Sample]]:
+    return lambda status: (
+        ((worker.worker_id, drift.adapter, str(drift.sharing)), float(read(drift)))
+        for worker in status.workers
+        for drift in worker.engine.drift
+    )
 
 
 def _swapped(read: Callable[[EngineCounters], tuple[int, int]]) -> Callable[[ClusterStatus], Iterator[Sample]]:
@@ -194,6 +228,65 @@ CLUSTER_METRICS: tuple[ClusterMetric, ...] = (
         _W,
         "Adapters that left their device slot for others.",
         _of_workers(lambda w: w.engine.adapter_memory.device_evictions),
+    ),
+    ClusterMetric(
+        "forkkv_adapter_sharing_info",
+        "gauge",
+        ("worker", "adapter", "sharing", "state"),
+        "1 for the sharing that auto comes to on an adapter, and how that was decided; not of unmeasured adapters.",
+        _sharing,
+    ),
+    ClusterMetric(
+        "forkkv_adapter_disagreement_ratio",
+        "gauge",
+        ("worker", "adapter", "sharing", "bound"),
+        "Share of positions at which a sharing disagreed with the reference when the adapter was measured; its upper bound.",
+        _disagreement,
+    ),
+    ClusterMetric(
+        "forkkv_adapter_drift_ratio",
+        "gauge",
+        ("worker", "adapter", "sharing", "bound"),
+        "The same of what was served, by shadow probes, in the sliding window, with both bounds.",
+        _drift,
+    ),
+    ClusterMetric(
+        "forkkv_adapter_drift_kl_nats",
+        "gauge",
+        ("worker", "adapter", "sharing"),
+        "KL of next-token distributions (top 20, rest as one) in the sliding window, mean over positions.",
+        _of_drift(lambda drift: drift.agreement.mean_kl),
+    ),
+    ClusterMetric(
+        "forkkv_adapter_drift_first_divergence_tokens",
+        "gauge",
+        ("worker", "adapter", "sharing"),
+        "Median of output tokens before the first disagreement, over the probes that had one; -1 without any.",
+        _of_drift(lambda drift: drift.first_divergence if drift.first_divergence is not None else -1),
+    ),
+    ClusterMetric(
+        "forkkv_calibrations",
+        "counter",
+        _W,
+        "Adapters measured for auto.",
+        _of_workers(lambda w: w.engine.counters.calibrations),
+    ),
+    ClusterMetric(
+        "forkkv_shadow_probes", "counter", _W, "Finished branches run again.", _of_workers(lambda w: w.engine.counters.probes)
+    ),
+    ClusterMetric(
+        "forkkv_dropped_shadow_probes",
+        "counter",
+        _W,
+        "Shadow probes given up, mostly because requests waited.",
+        _of_workers(lambda w: w.engine.counters.dropped_probes),
+    ),
+    ClusterMetric(
+        "forkkv_adapter_demotions",
+        "counter",
+        _W,
+        "Adapters that fell back to isolated because what was served drifted.",
+        _of_workers(lambda w: w.engine.counters.demotions),
     ),
     ClusterMetric(
         "forkkv_swapped_pages",

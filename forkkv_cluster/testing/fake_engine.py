@@ -5,7 +5,7 @@ Tokens are a function of (previous token, position, adapter), so a stream resume
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from forkkv_cluster.core.clock import Clock, SystemClock
 from forkkv_cluster.core.config import ClusterConfig
@@ -105,14 +105,14 @@ class FakeEngine:
     def load_adapter(self, name: str, path: str) -> AdapterInfo:
         return self.register_adapter(name, self.read_adapter(name, path))
 
-    def read_adapter(self, name: str, path: str) -> FakeWeights:
+    def read_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> FakeWeights:
         digest = AdapterDigest(name.encode().hex().ljust(32, "0")[:32])
         return FakeWeights(AdapterInfo(name, digest, path, 8, ("k_proj", "v_proj"), 16), 8)
 
-    def register_adapter(self, name: str, weights: Weights) -> AdapterInfo:
+    def register_adapter(self, name: str, weights: Weights, sharing: Sharing | None = None) -> AdapterInfo:
         if name in self._adapters:
             raise AlreadyExists("adapter", name, "Unload it first.")
-        self._adapters[name] = weights.info
+        self._adapters[name] = replace(weights.info, sharing=sharing)
         self._events.append(AdapterLoaded(weights.info.digest))
         return weights.info
 

@@ -18,7 +18,7 @@ from forkkv_cluster.core.errors import Internal
 from forkkv_cluster.core.events import CacheEvent
 from forkkv_cluster.core.ids import WorkerId
 from forkkv_cluster.core.ports import EventSink
-from forkkv_cluster.core.request import AdapterInfo, ContextRequest, GenerateRequest, ModelInfo, TokenChunk
+from forkkv_cluster.core.request import AdapterInfo, ContextRequest, GenerateRequest, ModelInfo, Sharing, TokenChunk
 from forkkv_cluster.core.status import WorkerStatus
 from forkkv_cluster.directory.client import DirectoryClient, directory_name
 from forkkv_cluster.worker.engine_port import EnginePort
@@ -94,9 +94,9 @@ class ForkKVWorker:
                     return replace(chunk, worker_id=self._worker_id)
         raise Internal(f"context pass {request.request_id} ended without a terminal chunk.")
 
-    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """Raises InvalidArgument, NotFound, AlreadyExists."""
-        return await self._thread.load_adapter(name, path)
+    async def load_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> AdapterInfo:
+        """``sharing`` as for ``EnginePort.register_adapter``. Raises InvalidArgument, NotFound, AlreadyExists."""
+        return await self._thread.load_adapter(name, path, sharing)
 
     async def unload_adapter(self, name: str) -> None:
         """Raises NotFound, FailedPrecondition."""

@@ -7,7 +7,7 @@ from typing import Protocol
 from forkkv_cluster.core.events import CacheEvent
 from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.placement import WorkerLoad
-from forkkv_cluster.core.request import AdapterInfo, ContextRequest, GenerateRequest, ModelInfo
+from forkkv_cluster.core.request import AdapterInfo, ContextRequest, GenerateRequest, ModelInfo, Sharing
 from forkkv_cluster.core.status import EngineStatus
 from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.outputs import StepOutput
@@ -38,12 +38,14 @@ class EnginePort(Protocol):
         """One forward pass. Without work it only hands out what is still to be said."""
         ...
 
-    def read_adapter(self, name: str, path: str) -> Weights:
-        """Read and check it; changes nothing, on whatever thread. Raises InvalidArgument."""
+    def read_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> Weights:
+        """Read and check it, and what registering it with ``sharing`` needs; changes nothing, on whatever thread. Raises
+        InvalidArgument."""
         ...
 
-    def register_adapter(self, name: str, weights: Weights) -> AdapterInfo:
-        """Serve what has been read. Raises AlreadyExists; then nothing is loaded."""
+    def register_adapter(self, name: str, weights: Weights, sharing: Sharing | None = None) -> AdapterInfo:
+        """Serve what has been read. ``sharing``: how ``auto`` is served on it; None: as it is registered already, else the
+        configured default. Raises AlreadyExists, Unsupported or InvalidArgument; then nothing is loaded."""
         ...
 
     def unload_adapter(self, name: str) -> None:

@@ -27,7 +27,7 @@ from forkkv_cluster.core.errors import AlreadyExists, ForkKVError, Internal, Wor
 from forkkv_cluster.core.events import CacheEvent
 from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.core.placement import WorkerLoad
-from forkkv_cluster.core.request import AdapterInfo, TokenChunk
+from forkkv_cluster.core.request import AdapterInfo, Sharing, TokenChunk
 from forkkv_cluster.engine.outputs import StepOutput
 from forkkv_cluster.worker.engine_port import EnginePort, WorkRequest
 from forkkv_cluster.worker.output_stream import OutputStream
@@ -143,13 +143,13 @@ class EngineThread:
         finally:
             self._calls.discard(future)
 
-    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+    async def load_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> AdapterInfo:
         """Read an adapter beside the engine's thread, so that no step waits for it, then register it on that thread.
 
         Raises InvalidArgument or AlreadyExists.
         """
-        weights = await asyncio.to_thread(self._engine.read_adapter, name, path)
-        return await self.call(lambda engine: engine.register_adapter(name, weights))
+        weights = await asyncio.to_thread(self._engine.read_adapter, name, path, sharing)
+        return await self.call(lambda engine: engine.register_adapter(name, weights, sharing))
 
     async def snapshot(self) -> tuple[int, tuple[CacheEvent, ...]]:
         """The whole cache as events, as of before the event of the returned number."""

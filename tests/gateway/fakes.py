@@ -21,6 +21,7 @@ from forkkv_cluster.core.request import (
     ModelInfo,
     PrefixUsage,
     PromptLogprobs,
+    Sharing,
     TokenChunk,
     TokenLogprob,
 )
@@ -177,12 +178,12 @@ class FakePool:
     def _list_adapters(self) -> tuple[AdapterInfo, ...]:
         return tuple(self.adapters.values())
 
-    def _load_adapter(self, name: str, path: str) -> AdapterInfo:
+    def _load_adapter(self, name: str, path: str, sharing: Sharing | None = None) -> AdapterInfo:
         if self.fail_loading is not None:
             raise self.fail_loading
         self.missing.discard(name)
         # As of real ones, the digest is of the files, not of the name.
-        info = self.adapters[name] = replace(adapter_info(path.removeprefix("/adapters/")), name=name)
+        info = self.adapters[name] = replace(adapter_info(path.removeprefix("/adapters/")), name=name, sharing=sharing)
         return info
 
     def _unload_adapter(self, name: str) -> None:

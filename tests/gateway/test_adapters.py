@@ -8,7 +8,7 @@ import pytest
 
 from forkkv_cluster.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from forkkv_cluster.core.ids import AdapterDigest
-from forkkv_cluster.core.request import AdapterInfo, AdapterRef
+from forkkv_cluster.core.request import AdapterInfo, AdapterRef, Sharing
 from forkkv_cluster.gateway.adapters import AdapterRegistry
 from forkkv_cluster.gateway.session_store import MemorySessionStore
 from tests.gateway.fakes import MODEL, FakePool, adapter_info, make_service
@@ -25,14 +25,21 @@ class TwoWorkers(FakePool):
     async def broadcast(self, method: str, *arguments: object) -> list[object]:
         return [self._answer(worker, method, *arguments) for worker in self.workers]
 
-    def _answer(self, worker: dict[str, AdapterInfo], method: str, name: str = "", path: str = "") -> object:
+    def _answer(
+        self,
+        worker: dict[str, AdapterInfo],
+        method: str,
+        name: str = "",
+        path: str = "",
+        sharing: Sharing | None = None,
+    ) -> object:
         if method == "list_adapters":
             return tuple(worker.values())
         if method == "unload_adapter":
             return worker.pop(name, None) and None
         if name in worker and worker[name].digest != self.content:
             return AlreadyExists("adapter", name, "It has other content.")
-        worker[name] = AdapterInfo(name, self.content, path, 8, ("k_proj",), 16)
+        worker[name] = AdapterInfo(name, self.content, path, 8, ("k_proj",), 16, sharing=sharing)
         return worker[name]
 
 

@@ -17,7 +17,6 @@ from forkkv_cluster.core.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
-    Unsupported,
 )
 from forkkv_cluster.core.request import FinishReason, Priority, SamplingParams, Sharing
 from forkkv_cluster.core.session import BranchSpec, JoinWhat, Session
@@ -140,7 +139,6 @@ async def test_the_first_writer_needs_no_context_pass() -> None:
         (CreateSessionCommand(TextOrTokens(token_ids=[1, MODEL.vocab_size])), InvalidArgument),
         (CreateSessionCommand(TextOrTokens(token_ids=[1] * MODEL.max_model_len)), InvalidArgument),
         (CreateSessionCommand(CREATE.context, ("nobody",)), NotFound),
-        (CreateSessionCommand(CREATE.context, (), Sharing.AUTO), Unsupported),
     ],
 )
 async def test_a_bad_session_is_refused_and_not_stored(command: CreateSessionCommand, error: type[Exception]) -> None:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from forkkv_cluster.core.request import ModelInfo
+from forkkv_cluster.core.agreement import Agreement
+from forkkv_cluster.core.ids import AdapterDigest
+from forkkv_cluster.core.request import AdapterInfo, ModelInfo, Sharing
 from forkkv_cluster.core.status import (
+    AdapterDrift,
     AdapterMemoryStatus,
     ClusterStatus,
     DirectoryStatus,
@@ -14,6 +19,7 @@ from forkkv_cluster.core.status import (
     PoolStatus,
     WorkerStatus,
 )
+from forkkv_cluster.core.verdict import PolicyAgreement, decide, unmeasured
 from forkkv_cluster.observability.metrics import CLUSTER_METRICS, GatewayMetrics, render
 
 UNITS = (
@@ -35,6 +41,30 @@ UNITS = (
     "_slots",
     "_loads",
     "_up",
+    "_info",
+    "_ratio",
+    "_nats",
+    "_calibrations",
+    "_probes",
+    "_demotions",
+)
+
+
+MEASURED = AdapterInfo(
+    "planner",
+    AdapterDigest("d" * 32),
+    "/planner",
+    8,
+    ("k_proj",),
+    16,
+    verdict=decide(
+        Sharing.ISOLATED,
+        [PolicyAgreement(Sharing.EAGER, Agreement(2000, 4, 1.0))],
+        max_disagreement=0.02,
+        min_positions=2000,
+        samples="some",
+        decided_s=1.0,
+    ),
 )
 
 
@@ -68,6 +98,8 @@ def cluster(directory: DirectoryStatus | None = None) -> ClusterStatus:
             device_evictions=17,
         ),
         merged_bytes_held=192,
+        adapters=(MEASURED, replace(MEASURED, name="unheard of", verdict=unmeasured(Sharing.ISOLATED))),
+        drift=(AdapterDrift("planner", "d" * 32, Sharing.EAGER, 4, 1, Agreement(200, 10, 3.0), 7),),
     )
     worker = WorkerStatus("worker-1", 1, 42, "cpu", ModelInfo("m", "d", 8, 8, 8, "float32"), engine, events_published=5)
     return ClusterStatus("0.1.0", (worker,), directory, num_sessions=4, num_branches=9)
@@ -161,3 +193,15 @@ def test_every_row_has_a_unit_a_help_text_and_as_many_label_values_as_labels(met
 def test_names_in_the_table_are_unique() -> None:
     names = [metric.name for metric in CLUSTER_METRICS]
     assert len(set(names)) == len(names)
+
+
+def test_an_adapters_sharing_and_its_figures_are_told_and_unmeasured_adapters_are_left_out() -> None:
+    text = render(cluster(), GatewayMetrics())
+    wanted = 'forkkv_adapter_sharing_info{adapter="planner",sharing="eager",state="measured",worker="worker-1"} 1.0'
+    assert wanted in text
+    assert (
+        'forkkv_adapter_disagreement_ratio{adapter="planner",bound="measured",sharing="eager",worker="worker-1"} 0.002' in text
+    )
+    assert 'forkkv_adapter_drift_ratio{adapter="planner",bound="measured",sharing="eager",worker="worker-1"} 0.05' in text
+    assert 'forkkv_adapter_drift_kl_nats{adapter="planner",sharing="eager",worker="worker-1"} 0.015' in text
+    assert "unheard of" not in text

@@ -207,7 +207,7 @@ async def test_a_call_hands_back_the_result_or_the_exception(harness: Harness) -
 async def test_requests_run_while_an_adapter_is_read(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     may_end, read = threading.Event(), harness.engine.read_adapter
 
-    def slow_read(name: str, path: str) -> Weights:
+    def slow_read(name: str, path: str, sharing: Sharing | None = None) -> Weights:
         assert may_end.wait(10)
         return read(name, path)
 

@@ -1,4 +1,5 @@
 from forkkv_cluster.api.v1 import adapters_pb2 as _adapters_pb2
+from forkkv_cluster.api.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -46,7 +47,7 @@ class PoolStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., page_bytes: _Optional[int] = ..., num_total: _Optional[int] = ..., num_free: _Optional[int] = ..., num_cached: _Optional[int] = ..., num_pinned: _Optional[int] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
-    __slots__ = ("num_steps", "num_finished", "num_failed", "prefill_tokens_run", "output_tokens", "base_hit_tokens", "residual_hit_tokens", "useful_hit_tokens", "cow_copies", "evictions", "preemptions", "peak_base_bytes", "peak_residual_bytes", "swapped_out_pages", "swapped_in_pages", "swapped_out_bytes", "swapped_in_bytes")
+    __slots__ = ("num_steps", "num_finished", "num_failed", "prefill_tokens_run", "output_tokens", "base_hit_tokens", "residual_hit_tokens", "useful_hit_tokens", "cow_copies", "evictions", "preemptions", "peak_base_bytes", "peak_residual_bytes", "swapped_out_pages", "swapped_in_pages", "swapped_out_bytes", "swapped_in_bytes", "calibrations", "probes", "dropped_probes", "demotions")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +65,10 @@ class EngineCounters(_message.Message):
     SWAPPED_IN_PAGES_FIELD_NUMBER: _ClassVar[int]
     SWAPPED_OUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SWAPPED_IN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATIONS_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_PROBES_FIELD_NUMBER: _ClassVar[int]
+    DEMOTIONS_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_finished: int
     num_failed: int
@@ -81,7 +86,11 @@ class EngineCounters(_message.Message):
     swapped_in_pages: int
     swapped_out_bytes: int
     swapped_in_bytes: int
-    def __init__(self, num_steps: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_failed: _Optional[int] = ..., prefill_tokens_run: _Optional[int] = ..., output_tokens: _Optional[int] = ..., base_hit_tokens: _Optional[int] = ..., residual_hit_tokens: _Optional[int] = ..., useful_hit_tokens: _Optional[int] = ..., cow_copies: _Optional[int] = ..., evictions: _Optional[int] = ..., preemptions: _Optional[int] = ..., peak_base_bytes: _Optional[int] = ..., peak_residual_bytes: _Optional[int] = ..., swapped_out_pages: _Optional[int] = ..., swapped_in_pages: _Optional[int] = ..., swapped_out_bytes: _Optional[int] = ..., swapped_in_bytes: _Optional[int] = ...) -> None: ...
+    calibrations: int
+    probes: int
+    dropped_probes: int
+    demotions: int
+    def __init__(self, num_steps: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_failed: _Optional[int] = ..., prefill_tokens_run: _Optional[int] = ..., output_tokens: _Optional[int] = ..., base_hit_tokens: _Optional[int] = ..., residual_hit_tokens: _Optional[int] = ..., useful_hit_tokens: _Optional[int] = ..., cow_copies: _Optional[int] = ..., evictions: _Optional[int] = ..., preemptions: _Optional[int] = ..., peak_base_bytes: _Optional[int] = ..., peak_residual_bytes: _Optional[int] = ..., swapped_out_pages: _Optional[int] = ..., swapped_in_pages: _Optional[int] = ..., swapped_out_bytes: _Optional[int] = ..., swapped_in_bytes: _Optional[int] = ..., calibrations: _Optional[int] = ..., probes: _Optional[int] = ..., dropped_probes: _Optional[int] = ..., demotions: _Optional[int] = ...) -> None: ...
 
 class Holding(_message.Message):
     __slots__ = ("kind", "name", "num_bytes")
@@ -119,8 +128,26 @@ class AdapterMemoryStatus(_message.Message):
     device_evictions: int
     def __init__(self, num_registered: _Optional[int] = ..., max_on_device: _Optional[int] = ..., num_on_device: _Optional[int] = ..., num_pinned: _Optional[int] = ..., num_loading: _Optional[int] = ..., device_bytes: _Optional[int] = ..., num_on_host: _Optional[int] = ..., host_bytes: _Optional[int] = ..., max_host_bytes: _Optional[int] = ..., disk_loads: _Optional[int] = ..., device_evictions: _Optional[int] = ...) -> None: ...
 
+class AdapterDrift(_message.Message):
+    __slots__ = ("adapter", "digest", "sharing", "num_probes", "num_diverged", "agreement", "first_divergence")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHARING_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROBES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DIVERGED_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    digest: str
+    sharing: _common_pb2.Sharing
+    num_probes: int
+    num_diverged: int
+    agreement: _adapters_pb2.Agreement
+    first_divergence: int
+    def __init__(self, adapter: _Optional[str] = ..., digest: _Optional[str] = ..., sharing: _Optional[_Union[_common_pb2.Sharing, str]] = ..., num_probes: _Optional[int] = ..., num_diverged: _Optional[int] = ..., agreement: _Optional[_Union[_adapters_pb2.Agreement, _Mapping]] = ..., first_divergence: _Optional[int] = ...) -> None: ...
+
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "pid", "device", "num_running", "num_waiting", "num_pinned_pages", "kv_bytes_total", "base_bytes_held", "residual_bytes_held", "pools", "counters", "events_published", "busy_request_ids", "adapters", "host_bytes_total", "host_bytes_held", "sharing_saved_bytes", "holdings", "adapter_memory", "merged_bytes_held")
+    __slots__ = ("worker_id", "epoch", "pid", "device", "num_running", "num_waiting", "num_pinned_pages", "kv_bytes_total", "base_bytes_held", "residual_bytes_held", "pools", "counters", "events_published", "busy_request_ids", "adapters", "host_bytes_total", "host_bytes_held", "sharing_saved_bytes", "holdings", "adapter_memory", "merged_bytes_held", "drift")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +169,7 @@ class WorkerStatus(_message.Message):
     HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_MEMORY_FIELD_NUMBER: _ClassVar[int]
     MERGED_BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     pid: int
@@ -163,7 +191,8 @@ class WorkerStatus(_message.Message):
     holdings: _containers.RepeatedCompositeFieldContainer[Holding]
     adapter_memory: AdapterMemoryStatus
     merged_bytes_held: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pinned_pages: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., base_bytes_held: _Optional[int] = ..., residual_bytes_held: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., events_published: _Optional[int] = ..., busy_request_ids: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.Adapter, _Mapping]]] = ..., host_bytes_total: _Optional[int] = ..., host_bytes_held: _Optional[int] = ..., sharing_saved_bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., adapter_memory: _Optional[_Union[AdapterMemoryStatus, _Mapping]] = ..., merged_bytes_held: _Optional[int] = ...) -> None: ...
+    drift: _containers.RepeatedCompositeFieldContainer[AdapterDrift]
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pinned_pages: _Optional[int] = ..., kv_bytes_total: _Optional[int] = ..., base_bytes_held: _Optional[int] = ..., residual_bytes_held: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ..., events_published: _Optional[int] = ..., busy_request_ids: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.Adapter, _Mapping]]] = ..., host_bytes_total: _Optional[int] = ..., host_bytes_held: _Optional[int] = ..., sharing_saved_bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., adapter_memory: _Optional[_Union[AdapterMemoryStatus, _Mapping]] = ..., merged_bytes_held: _Optional[int] = ..., drift: _Optional[_Iterable[_Union[AdapterDrift, _Mapping]]] = ...) -> None: ...
 
 class DirectoryStatus(_message.Message):
     __slots__ = ("incarnation", "version", "num_workers", "num_base_blocks", "num_residual_blocks")
