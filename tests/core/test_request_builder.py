@@ -11,7 +11,14 @@ from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import AdapterRef, GenerateRequest, ModelInfo, SamplingParams, Sharing, WriterMode
-from forkkv_cluster.core.request_builder import Envelope, PromptSharing, RequestBuilder
+from forkkv_cluster.core.request_builder import (
+    Envelope,
+    Modes,
+    PromptSharing,
+    RequestBuilder,
+    context_plan,
+    served_choice,
+)
 from forkkv_cluster.core.session import BranchSpec, Session
 
 PLANNER = AdapterRef("planner", AdapterDigest("a" * 32))
@@ -185,10 +192,100 @@ def test_a_fork_point_that_makes_no_sense_is_refused(choice: PromptSharing, fiel
     assert caught.value.field == field
 
 
-def test_auto_is_refused_by_name() -> None:
+def test_auto_is_refused_by_name_where_nobody_has_resolved_it() -> None:
     choice = PromptSharing(sharing=Sharing.AUTO, shared_prefix_tokens=1)
     with pytest.raises(Unsupported, match="auto"):
         BUILDER.prompt(tokens(1, 2), None, choice, SamplingParams(), ENVELOPE)
+
+
+@pytest.mark.parametrize("mode", [Sharing.ISOLATED, Sharing.RESIDUAL, Sharing.EAGER, Sharing.BASE])
+def test_a_turn_under_auto_is_the_turn_under_what_it_comes_to(mode: Sharing) -> None:
+    auto = session(Sharing.AUTO)
+    request = BUILDER.turn(auto, auto.branch("p"), tokens(21, 22), SAMPLING, ENVELOPE, {"planner": mode})
+    wanted = turn(sharing=mode)
+    assert (request.sharing, request.context_len, request.prefix) == (mode, wanted.context_len, wanted.prefix)
+
+
+def test_under_auto_only_what_is_served_eager_is_declared() -> None:
+    auto = session(Sharing.AUTO)
+    modes = {"planner": Sharing.EAGER, "critic": Sharing.RESIDUAL}
+    assert BUILDER.turn(auto, auto.branch("p"), tokens(21), SAMPLING, ENVELOPE, modes).declared == (PLANNER,)
+
+
+def test_an_adapter_of_which_nothing_is_known_is_isolated_under_auto() -> None:
+    auto = session(Sharing.AUTO)
+    request = BUILDER.turn(auto, auto.branch("c"), tokens(21), SAMPLING, ENVELOPE, {"planner": Sharing.EAGER})
+    assert (request.sharing, request.context_len) == (Sharing.ISOLATED, 0)
+
+
+def test_the_base_model_reads_the_shared_context_under_auto() -> None:
+    auto = session(Sharing.AUTO)
+    request = BUILDER.turn(auto, auto.branch("base"), tokens(21), SAMPLING, ENVELOPE)
+    eager = session(Sharing.EAGER)
+    assert request.prefix == BUILDER.turn(eager, eager.branch("base"), tokens(21), SAMPLING, ENVELOPE).prefix
+
+
+def test_what_an_alora_comes_to_under_auto_finds_the_pages_of_every_other_sharing() -> None:
+    own = np.concatenate([tokens(11), np.asarray(CHECKER.invocation_tokens, dtype=np.int32), tokens(12)])
+    modes = {"checker": Sharing.BASE}
+    requests = []
+    for sharing in (Sharing.AUTO, Sharing.EAGER):
+        state = session(sharing).fork((BranchSpec("a", "checker"),))
+        requests.append(BUILDER.turn(state, state.branch("a"), own, SAMPLING, ENVELOPE, modes))
+    assert requests[0].prefix == requests[1].prefix
+
+
+@pytest.mark.parametrize(
+    ("modes", "wanted"),
+    [
+        ({}, None),
+        ({"planner": Sharing.ISOLATED, "critic": Sharing.ISOLATED, "checker": Sharing.ISOLATED}, None),
+        ({"planner": Sharing.EAGER, "critic": Sharing.RESIDUAL}, (Sharing.EAGER, (PLANNER,))),
+        ({"critic": Sharing.RESIDUAL}, (Sharing.BASE, ())),
+        ({"checker": Sharing.BASE}, (Sharing.BASE, ())),
+    ],
+)
+def test_the_pass_over_an_auto_sessions_context_writes_what_its_adapters_will_read(
+    modes: Modes, wanted: tuple[Sharing, tuple[AdapterRef, ...]] | None
+) -> None:
+    assert context_plan(session(Sharing.AUTO), modes) == wanted
+
+
+def test_the_pass_of_another_session_is_as_it_says() -> None:
+    assert context_plan(session(Sharing.EAGER), {}) == (Sharing.EAGER, (PLANNER, CRITIC, CHECKER))
+
+
+@pytest.mark.parametrize(
+    ("mode", "shared", "wanted"),
+    [
+        (Sharing.EAGER, 1, (Sharing.EAGER, 1)),
+        (Sharing.ISOLATED, 1, (Sharing.ISOLATED, None)),
+        (Sharing.EAGER, None, (Sharing.ISOLATED, None)),  # there is nothing to share
+    ],
+)
+def test_a_prompt_under_auto_shares_up_to_its_fork_point_if_anything(
+    mode: Sharing, shared: int | None, wanted: tuple[Sharing, int | None]
+) -> None:
+    choice = served_choice(PromptSharing(Sharing.AUTO, shared, "group"), PLANNER, {"planner": mode}, 4)
+    assert (choice.sharing, choice.shared_prefix_tokens, choice.sharing_group) == (*wanted, "group")
+    BUILDER.prompt(tokens(1, 2, 3, 4), PLANNER, choice, SAMPLING, ENVELOPE)
+
+
+def test_a_bad_fork_point_under_auto_is_refused_whatever_auto_comes_to() -> None:
+    with pytest.raises(InvalidArgument, match="shared_prefix_tokens=4"):
+        served_choice(PromptSharing(Sharing.AUTO, 4), PLANNER, {}, 4)
+
+
+@pytest.mark.parametrize("sharing", [Sharing.ISOLATED, Sharing.EAGER])
+def test_a_replay_is_the_request_that_would_go_on_from_what_was_served(sharing: Sharing) -> None:
+    served = turn(own=tokens(11, 12))
+    longer = np.concatenate([served.tokens, tokens(60, 61)]).astype(np.int32)
+    replay = BUILDER.replayed(served, longer, sharing, SAMPLING, Envelope("probe-1", "probes"))
+    state = session(sharing).finish_turn("p", tokens(11, 12), tokens(50))
+    wanted = BUILDER.turn(state, state.branch("p"), tokens(21, 22, 60, 61), SAMPLING, ENVELOPE)
+    assert replay.tokens.tolist() == wanted.tokens.tolist()
+    assert (replay.prefix, replay.context_len, replay.namespace) == (wanted.prefix, wanted.context_len, wanted.namespace)
+    assert (replay.request_id, replay.tenant, replay.is_background) == ("probe-1", "probes", True)
 
 
 def test_the_limit_is_what_was_asked_or_the_default_cut_to_what_fits() -> None:

@@ -15,7 +15,7 @@ from forkkv_cluster.core.errors import (
     WorkerStopped,
 )
 from forkkv_cluster.core.events import CacheEvent
-from forkkv_cluster.core.request import FinishReason, TokenChunk
+from forkkv_cluster.core.request import FinishReason, Sharing, TokenChunk
 from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.outputs import StepOutput
 from forkkv_cluster.testing.fake_engine import FakeEngine, fake_token
