@@ -227,17 +227,16 @@ class DualRadixTree:
             self._order(entry).add_oldest(entry)
 
     def cool(self, node: Node) -> None:
-        """The path to ``node`` and all that hangs on its end are evicted next, leaf by leaf, as far as nobody needs them."""
+        """The path to ``node``, with all that branches off it, is evicted next, as far as nobody needs it."""
         above: Node | None = node
         while above is not None:
-            above.last_used = 0  # an evicted leaf's parent goes next, unless it was used later
+            for cold in (above, *above.children.values()):
+                cold.last_used = 0  # an evicted leaf's parent goes next, unless it was used later
+                entries: list[Node | Residual] = [cold, *cold.residuals.values()]
+                for entry in entries:
+                    if self.is_listed(entry):
+                        self._order(entry).add_oldest(entry)
             above = above.parent
-        for leaf in (node, *node.children.values()):
-            leaf.last_used = 0
-            entries: list[Node | Residual] = [leaf, *leaf.residuals.values()]
-            for entry in entries:
-                if self.is_listed(entry):
-                    self._order(entry).add_oldest(entry)
 
     # --- eviction -----------------------------------------------------------------------------------------------
 

@@ -56,9 +56,10 @@ class FairQueue:
     def find(self, request_id: RequestId) -> Waiting | None:
         return self._entries.get(request_id)
 
-    def has_clients(self) -> bool:
-        """Whether anybody waits but the engine's own work."""
-        return any(priority < BACKGROUND for priority in self._levels)
+    @property
+    def num_clients(self) -> int:
+        """Those that wait without the engine's own work."""
+        return len(self._entries) - sum(len(line) for line in self._levels.get(BACKGROUND, {}).values())
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Tokens run for this tenant."""

@@ -80,7 +80,7 @@ class Scheduler:
     @property
     def has_waiting_clients(self) -> bool:
         """Whether anybody waits but the engine's own work."""
-        return self._queue.has_clients()
+        return self._queue.num_clients > 0
 
     @property
     def running(self) -> tuple[Runnable, ...]:
@@ -97,10 +97,12 @@ class Scheduler:
         return [*waiting, *(adapter for item in self._running for adapter in item.claim)]
 
     def add(self, entry: Waiting) -> None:
-        """Queue a request. Raises ResourceExhausted with a retry hint when the queue is full."""
-        if len(self._queue) >= self._config.max_num_waiting:
+        """Queue a request. Raises ResourceExhausted with a retry hint when the queue is full, which the engine's own work does
+        not make it."""
+        num_waiting = len(self._queue) if is_background(entry) else self._queue.num_clients
+        if num_waiting >= self._config.max_num_waiting:
             raise ResourceExhausted(
-                f"{len(self._queue)} requests wait already, the limit of this worker. Try again later.",
+                f"{num_waiting} requests wait already, the limit of this worker. Try again later.",
                 self._retry_hint.next_s(),
             )
         self._queue.add(entry, self._running)
