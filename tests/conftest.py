@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from forkkv_cluster.testing.tiny_models import TinyKit, build_tiny_kit
+from tests.fidelity_kit import FidelityKit, build_fidelity_kit
 
 if TYPE_CHECKING:
     from forkkv_cluster.app import RunningCluster
@@ -32,6 +33,12 @@ def tiny_adapter_dirs(tiny_kit: TinyKit) -> Mapping[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def fidelity_kit(tmp_path_factory: pytest.TempPathFactory) -> FidelityKit:
+    """A small random model with adapters that differ in what sharing loses on them."""
+    return build_fidelity_kit(tmp_path_factory.mktemp("fidelity"))
+
+
+@pytest.fixture(scope="session")
 def serve_cluster(tiny_kit: TinyKit, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """Two workers with four adapters behind one gateway, on free ports; one for the whole run of the tests."""
     from forkkv_cluster.app import start_cluster  # Here: Ray takes seconds that most tests need not wait for.
@@ -42,6 +49,7 @@ def serve_cluster(tiny_kit: TinyKit, tmp_path_factory: pytest.TempPathFactory) -
             "model": {"path": str(tiny_kit.model_dir), "dtype": "float32"},
             "adapters": [{"name": n, "path": str(tiny_kit.adapter_dirs[n])} for n in ("planner", "critic", "coder", "tester")],
             "cache": {"kv_bytes": "32MiB", "page_size": 16},
+            "calibration": {"context_tokens": 32, "min_positions": 400},
             "gateway": {"session_store": f"sqlite:{tmp_path_factory.mktemp('sessions')}/sessions.sqlite"},
             "server": {"http_port": 0, "grpc_port": 0},
         }

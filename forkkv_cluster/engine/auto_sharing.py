@@ -36,6 +36,7 @@ class _Registered:
     info: AdapterInfo
     asked: Sharing
     is_named: bool
+    reference: Sharing
     fixed: SharingVerdict | None
     key: _Key | None
 
@@ -88,12 +89,14 @@ class AutoSharing:
         asked, is_named = self._asked(info, sharing)
         previous = self._registered.get(info.name)
         reference = info.trained_for or Sharing.ISOLATED
-        fixed = _fixed_verdict(info, asked, is_named=is_named)
+        if reference in (Sharing.EAGER, Sharing.RESIDUAL) and not candidates:
+            reference = Sharing.ISOLATED  # no page is wide enough for what it was trained for
+        fixed = _fixed_verdict(info, asked, reference, is_named=is_named)
         key = None
         if source is not None:
             key = self._key(info, reference, source)
             self._measure(info, reference, candidates, source, key)
-        self._registered[info.name] = _Registered(info, asked, is_named, fixed, key)
+        self._registered[info.name] = _Registered(info, asked, is_named, reference, fixed, key)
         self._release(previous)
 
     def unregister(self, name: str) -> None:
@@ -124,7 +127,7 @@ class AutoSharing:
         entry = self._registered[info.name]
         if entry.fixed is not None:
             return entry.fixed
-        return self._verdicts[entry.key] if entry.key is not None else unmeasured(info.trained_for or Sharing.ISOLATED)
+        return self._verdicts[entry.key] if entry.key is not None else unmeasured(entry.reference)
 
     # --- drift ------------------------------------------------------------------------------------------------------
 
@@ -198,9 +201,8 @@ def _failure(error: ForkKVError | None, config: CalibrationConfig) -> str:
     return f"the calibration failed: {error.message}" if error is not None else ""
 
 
-def _fixed_verdict(info: AdapterInfo, asked: Sharing, *, is_named: bool) -> SharingVerdict | None:
+def _fixed_verdict(info: AdapterInfo, asked: Sharing, reference: Sharing, *, is_named: bool) -> SharingVerdict | None:
     """The verdict where nothing needs to be measured; None for ``auto``."""
-    reference = info.trained_for or Sharing.ISOLATED
     if info.invocation_tokens and (asked is Sharing.AUTO or not is_named):
         return SharingVerdict(Sharing.BASE, VerdictState.EXACT, Sharing.BASE, "an aLoRA: every sharing is exact")
     if asked is Sharing.AUTO:

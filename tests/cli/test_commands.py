@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,24 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from forkkv_cluster.__main__ import banner, cli, merged_config, parse_adapter
-from forkkv_cluster.cli.status import adapter_table, memory_table, worker_table
+from forkkv_cluster.cli.adapters import described
+from forkkv_cluster.cli.status import adapter_table, memory_table, sharing_table, worker_table
 from forkkv_cluster.client import ForkKVClient, Status
+from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
-from forkkv_cluster.core.request import ModelInfo
-from forkkv_cluster.core.status import AdapterMemoryStatus, ClusterStatus, EngineCounters, EngineStatus, Holding, WorkerStatus
+from forkkv_cluster.core.ids import AdapterDigest
+from forkkv_cluster.core.request import AdapterInfo, ModelInfo, Sharing
+from forkkv_cluster.core.status import (
+    AdapterDrift,
+    AdapterMemoryStatus,
+    ClusterStatus,
+    EngineCounters,
+    EngineStatus,
+    Holding,
+    WorkerStatus,
+)
+from forkkv_cluster.core.verdict import PolicyAgreement, decide, unmeasured
 
 runner = CliRunner()
 
@@ -38,6 +51,47 @@ MEMORY = AdapterMemoryStatus(
 def status_of(engine: EngineStatus) -> Status:
     model = ModelInfo("m", "d", 8, 8, 8, "float32")
     return Status(ClusterStatus("1", (WorkerStatus("worker-0123abcd", 1, 42, "cpu", model, engine),), None, 0, 0), model)
+
+
+def measured(name: str, wrong: int) -> AdapterInfo:
+    verdict = decide(
+        Sharing.ISOLATED,
+        [PolicyAgreement(Sharing.EAGER, Agreement(2000, wrong))],
+        max_disagreement=0.02,
+        min_positions=2000,
+        samples="some",
+        decided_s=1.0,
+    )
+    return AdapterInfo(name, AdapterDigest(name), "/a", 8, ("k_proj",), 16, verdict=verdict)
+
+
+def test_status_tells_of_each_measured_adapter_how_auto_is_served_and_what_drifts() -> None:
+    infos = (measured("good", 4), measured("bad", 400), replace(measured("new", 0), verdict=unmeasured(Sharing.ISOLATED)))
+    drift = (AdapterDrift("good", "good", Sharing.EAGER, 4, 1, Agreement(200, 1)),)
+    engine = EngineStatus(0, 0, 0, 2**30, 0, 0, (), EngineCounters(), infos, drift=drift)
+    found = status_of(engine)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(sharing_table(replace(found, cluster=replace(found.cluster, adapters=infos))))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    (good,) = [line for line in lines if line.lstrip().startswith("good")]
+    (bad,) = [line for line in lines if line.lstrip().startswith("bad")]
+    assert "eager (measured)" in good
+    assert "eager 0.20% (<0.44%)" in good
+    assert "eager 0.50% of 200" in good
+    assert "isolated (measured)" in bad
+    assert "none probed" in bad
+    assert not any("new" in line for line in lines)
+
+
+def test_an_adapter_is_described_with_its_figures() -> None:
+    lines = described(measured("good", 4))
+    assert lines[0].startswith("good: auto is served eager (measured): eager disagrees with isolated on at most 0.44%")
+    assert lines[1:] == ["  eager: 0.20% of 2000 positions disagree with isolated, at most 0.44%"]
+
+
+def test_the_sharing_of_adapters_may_be_set_for_all_at_start() -> None:
+    config = merged_config(ClusterConfig(), {"defaults": {"adapter_sharing": Sharing.AUTO, "session_sharing": None}}, [])
+    assert (config.defaults.adapter_sharing, config.defaults.session_sharing) == (Sharing.AUTO, Sharing.EAGER)
 
 
 def test_the_printed_configuration_is_the_default_one() -> None:

@@ -18,7 +18,6 @@ from forkkv_cluster.core.errors import (
     InvalidArgument,
     NotFound,
     Unavailable,
-    Unsupported,
 )
 from forkkv_cluster.core.request import FinishReason
 from tests.cluster.helpers import ADAPTERS, DOCUMENT, is_idle, opened, wait_until_idle
@@ -116,7 +115,6 @@ def test_a_stateless_request_answers_as_an_isolated_branch(client: ForkKVClient)
         (lambda c, s: c.generate("x", adapter="nobody"), NotFound, "nobody"),
         (lambda c, s: c.session("session-none"), NotFound, "session-none"),
         (lambda c, s: c.create_session("x", adapters=["nobody"]), NotFound, "nobody"),
-        (lambda c, s: c.create_session("x", sharing="auto"), Unsupported, "auto"),
         (lambda c, s: c.generate(token_ids=[5] * 20_000), InvalidArgument, "too long"),
         (lambda c, s: c.generate(token_ids=[5], max_tokens=20_000), InvalidArgument, "max_tokens"),
         (lambda c, s: c.generate(token_ids=[10**6]), InvalidArgument, r"prompt\[0\]"),

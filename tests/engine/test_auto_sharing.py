@@ -19,8 +19,8 @@ from forkkv_cluster.core.verdict import SharingVerdict, VerdictState
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.engine.llm import LLM
 from forkkv_cluster.testing.manual_clock import ManualClock
-from tests.engine.fidelity_kit import FidelityKit
 from tests.engine.harness import FakeEngine
+from tests.fidelity_kit import FidelityKit
 from tests.oracle.oracle import Oracle
 
 CONTEXT = [(7 * i * i + 3) % 400 + 20 for i in range(150)]
@@ -154,7 +154,7 @@ def test_a_calibration_that_does_not_end_in_time_shares_nothing_and_is_tried_aga
 
 
 def test_an_adapter_that_overflows_shares_nothing_and_the_reason_is_told(fidelity_kit: FidelityKit, tmp_path: Path) -> None:
-    from tests.engine.fidelity_kit import save_adapter
+    from tests.fidelity_kit import save_adapter
 
     path = save_adapter(fidelity_kit.model_dir, tmp_path / "overflow", 1e30)
     llm = LLM.from_config(fidelity_kit.config(calibration=QUICK))

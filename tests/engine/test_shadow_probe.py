@@ -18,7 +18,7 @@ from forkkv_cluster.core.verdict import VerdictState
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.engine.llm import LLM
 from forkkv_cluster.testing.manual_clock import ManualClock
-from tests.engine.fidelity_kit import FidelityKit
+from tests.fidelity_kit import FidelityKit
 from tests.oracle.oracle import Oracle
 
 ALL = {"share": 1.0, "min_positions": 200, "max_pending": 100}

@@ -11,10 +11,12 @@ from forkkv_cluster.api.v1 import common_pb2, sessions_pb2
 from forkkv_cluster.client import messages
 from forkkv_cluster.client.results import Delta, Finished, GenerationBuilder, PromptLogprobs, Started
 from forkkv_cluster.core import request as core_request
+from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.errors import InvalidArgument, NotFound
 from forkkv_cluster.core.request import FinishReason, Guide, GuideKind, PrefixUsage, Priority, Sharing, TokenLogprob, WriterMode
 from forkkv_cluster.core.session import BranchSpec, JoinWhat, Session
 from forkkv_cluster.core.status import (
+    AdapterDrift,
     AdapterMemoryStatus,
     ClusterStatus,
     DirectoryStatus,
@@ -24,6 +26,7 @@ from forkkv_cluster.core.status import (
     PoolStatus,
     WorkerStatus,
 )
+from forkkv_cluster.core.verdict import PolicyAgreement, SharingVerdict, VerdictState
 from forkkv_cluster.gateway import codec
 from forkkv_cluster.gateway.commands import (
     BranchTarget,
@@ -147,12 +150,12 @@ def test_events_come_back_as_written() -> None:
     logprob = TokenLogprob(5, -0.5, ((5, -0.5), (6, -1.0)))
     usage = PrefixUsage(4, 3, 2, 1)
     delta = TurnDelta((5, 6), "text", (logprob,), "worker-1")
-    end = TurnFinished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True)
+    end = TurnFinished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True, Sharing.EAGER)
     read = [messages.read_event(codec.write_event(event)) for event in (TurnStarted("r", 10, 2**62, 8), delta, end)]
     assert read == [
         Started("r", 10, 2**62, 8),
         Delta((5, 6), "text", (logprob,), "worker-1"),
-        Finished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True),
+        Finished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True, Sharing.EAGER),
     ]
 
 
@@ -168,7 +171,11 @@ def test_a_status_comes_back_as_written() -> None:
     holdings = (Holding("tenant", "acme", 2**40), Holding("session", "s", 3))
     memory = AdapterMemoryStatus(*range(2**40, 2**40 + len(AdapterMemoryStatus.__slots__)))
     infos = (adapter_info("planner"),)
-    engine = EngineStatus(1, 2, 3, 4, 5, 6, pools, counters, infos, 2**40, 7, -8, holdings, memory, 2**41)
+    drift = (
+        AdapterDrift("planner", "d" * 32, Sharing.EAGER, 4, 1, Agreement(2**40, 2, 0.5), 0),
+        AdapterDrift("planner", "d" * 32, Sharing.RESIDUAL, 4, 0, Agreement(200, 0, 0.5), None),
+    )
+    engine = EngineStatus(1, 2, 3, 4, 5, 6, pools, counters, infos, 2**40, 7, -8, holdings, memory, 2**41, drift)
     worker = WorkerStatus("worker-1", 2**60, 42, "cpu", MODEL, engine, 7, ("request-1",))
     directory = DirectoryStatus("incarnation", 1, 2, 3, 4)
     status = ClusterStatus("1.0", (worker,), directory, 5, 6, (adapter_info("planner"),))
@@ -179,6 +186,22 @@ def test_a_status_comes_back_as_written() -> None:
 def test_an_adapter_comes_back_as_written() -> None:
     alora = replace(adapter_info("checker"), invocation_tokens=(5, 6, 5))
     assert messages.read_adapter(codec.write_adapter(alora)) == alora
+
+
+@pytest.mark.parametrize("state", list(VerdictState))
+def test_how_auto_is_served_on_an_adapter_comes_back_as_written(state: VerdictState) -> None:
+    measured = (PolicyAgreement(Sharing.EAGER, Agreement(2000, 4, 0.25)), PolicyAgreement(Sharing.RESIDUAL, Agreement(2000)))
+    verdict = SharingVerdict(Sharing.EAGER, state, Sharing.ISOLATED, "because", 0.02, measured, "some file", 12.5)
+    info = replace(adapter_info("p"), trained_for=Sharing.RESIDUAL, sharing=Sharing.AUTO, verdict=verdict)
+    message = codec.write_adapter(info)
+    assert messages.read_adapter(message) == info
+    assert message.verdict.measured[0].agreement.upper_bound == measured[0].agreement.upper_bound
+
+
+def test_a_request_to_load_says_how_auto_is_to_be_served() -> None:
+    message = messages.load_adapter_request("p", "/p", "auto")
+    assert (message.name, message.path, codec.read_sharing(message.sharing)) == ("p", "/p", Sharing.AUTO)
+    assert codec.read_sharing(messages.load_adapter_request("p", "/p", None).sharing) is None
 
 
 def test_an_absent_directory_stays_absent() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from forkkv_cluster.core.request import Guide, GuideKind
+from forkkv_cluster.core.request import Guide, GuideKind, Sharing
 from forkkv_cluster.core.session import BranchSpec
+from forkkv_cluster.core.verdict import PolicyAgreement, SharingVerdict, VerdictState
 from forkkv_cluster.gateway.commands import CreateSessionCommand, TextOrTokens
 from forkkv_cluster.gateway.openai_api import build_http_app
 from forkkv_cluster.gateway.service import GatewayService
@@ -246,6 +249,27 @@ def test_adapters_load_and_unload_with_vllms_names(client: TestClient) -> None:
     assert client.post("/v1/completions", json={**TEXT, "model": "late"}).status_code == 404
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 404
     assert client.post("/v1/load_lora_adapter", json={"lora_name": "late"}).json()["error"]["param"] == "lora_path"
+
+
+def test_an_adapter_may_be_loaded_to_be_measured(client: TestClient, pool: FakePool) -> None:
+    body = {"lora_name": "late", "lora_path": "/adapters/late"}
+    assert client.post("/v1/load_lora_adapter", json={**body, "sharing": "auto"}).status_code == 200
+    assert pool.adapters["late"].sharing is Sharing.AUTO
+    refused = client.post("/v1/load_lora_adapter", json={**body, "sharing": "some"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "sharing")
+
+
+def test_the_list_of_models_and_usage_say_how_auto_is_served(client: TestClient, pool: FakePool) -> None:
+    measured = (PolicyAgreement(Sharing.EAGER, Agreement(2000, 4, 1.0)),)
+    verdict = SharingVerdict(Sharing.EAGER, VerdictState.MEASURED, Sharing.ISOLATED, "because", 0.02, measured, "some", 3.0)
+    pool.adapters["planner"] = replace(pool.adapters["planner"], verdict=verdict)
+    listed = {entry["id"]: entry for entry in client.get("/v1/models").json()["data"]}
+    said = listed["planner"]["forkkv"]["verdict"]
+    assert (said["sharing"], said["state"], said["reason"]) == ("eager", "measured", "because")
+    assert said["measured"]["eager"]["disagreement"] == 0.002
+    assert listed["critic"]["forkkv"]["verdict"] is None
+    request = {**TEXT, "model": "planner", "sharing": "auto", "shared_prefix_tokens": 2}
+    assert client.post("/v1/completions", json=request).json()["usage"]["forkkv"]["sharing"] == "eager"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from forkkv_cluster.core.errors import (
 )
 from forkkv_cluster.core.request import FinishReason, Priority, SamplingParams, Sharing
 from forkkv_cluster.core.session import BranchSpec, JoinWhat, Session
+from forkkv_cluster.core.verdict import SharingVerdict, VerdictState
 from forkkv_cluster.gateway.commands import (
     BranchTarget,
     CreateSessionCommand,
@@ -34,6 +35,7 @@ from forkkv_cluster.gateway.commands import (
 )
 from forkkv_cluster.gateway.service import GatewayService
 from forkkv_cluster.gateway.session_store import MemorySessionStore
+from forkkv_cluster.testing.manual_clock import ManualClock
 from tests.gateway.fakes import BOS, MODEL, FakePool, adapter_info, make_service
 
 CREATE = CreateSessionCommand(TextOrTokens(text="the shared context"), ("planner", "critic"))
@@ -510,3 +512,112 @@ async def test_status_counts_sessions_and_branches() -> None:
     status = await service.status()
     assert (status.version, status.num_sessions, status.num_branches, len(status.workers)) == ("1.2.3", 1, 2, 1)
     assert status.directory is None
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+AUTO = replace(CREATE, sharing=Sharing.AUTO)
+
+
+def judged(pool: FakePool, **modes: Sharing) -> None:
+    """The worker has measured: ``auto`` comes to that on these adapters."""
+    for name in ("planner", "critic"):
+        pool.adapters.setdefault(name, adapter_info(name))
+    for name, sharing in modes.items():
+        verdict = SharingVerdict(sharing, VerdictState.MEASURED, Sharing.ISOLATED, "measured")
+        pool.adapters[name] = replace(adapter_info(name), verdict=verdict)
+
+
+async def contexts_of(pool: FakePool) -> list[tuple[Sharing, list[str]]]:
+    for _ in range(8):
+        await asyncio.sleep(0)
+    return [(request.sharing, [adapter.name for adapter in request.declared]) for request in pool.contexts]
+
+
+async def test_under_auto_each_branch_is_served_as_its_adapter_was_measured_and_the_turn_says_how() -> None:
+    pool = FakePool()
+    judged(pool, planner=Sharing.EAGER, critic=Sharing.ISOLATED)
+    service = make_service(pool)
+    session = await forked(service, create=AUTO)
+    assert (session.sharing, await contexts_of(pool)) == (Sharing.AUTO, [(Sharing.EAGER, ["planner"])])
+    ends = [(await run(service, turn(session, branch)))[-1] for branch in ("p", "c")]
+    assert [end.sharing for end in ends if isinstance(end, TurnFinished)] == [Sharing.EAGER, Sharing.ISOLATED]
+    planner, critic = pool.generated
+    assert (planner.sharing, planner.context_len, [ref.name for ref in planner.declared]) == (
+        Sharing.EAGER,
+        len(session.context),
+        ["planner"],
+    )
+    assert (critic.sharing, critic.context_len) == (Sharing.ISOLATED, 0)
+
+
+async def test_under_auto_no_pass_runs_over_a_context_that_nobody_would_read() -> None:
+    pool = FakePool()
+    judged(pool, planner=Sharing.ISOLATED)
+    service = make_service(pool)
+    await forked(service, create=AUTO)
+    assert await contexts_of(pool) == []
+
+
+async def test_a_branch_goes_on_isolated_when_its_adapter_falls_back() -> None:
+    pool, clock = FakePool(), ManualClock()
+    judged(pool, planner=Sharing.EAGER)
+    service = make_service(pool, clock=clock)
+    session = await forked(service, create=AUTO)
+    await run(service, turn(session))
+    judged(pool, planner=Sharing.ISOLATED)
+    clock.advance(60)
+    await run(service, turn(session, text="more"))
+    assert [request.sharing for request in pool.generated] == [Sharing.EAGER, Sharing.ISOLATED]
+    assert pool.generated[1].num_tokens > pool.generated[0].num_tokens + 4  # with the history of the first turn
+
+
+async def test_a_stream_that_is_resumed_keeps_the_sharing_that_it_began_with() -> None:
+    pool = FakePool(die_after=[2])
+    judged(pool, planner=Sharing.EAGER)
+    service = make_service(pool)
+    session = await forked(service, create=AUTO)
+    await run(service, turn(session))
+    assert [request.sharing for request in pool.generated] == [Sharing.EAGER, Sharing.EAGER]
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        (StatelessTarget("planner", Sharing.AUTO, 3), (Sharing.EAGER, 3)),
+        (StatelessTarget("planner", Sharing.AUTO), (Sharing.ISOLATED, 0)),
+        (StatelessTarget("critic", Sharing.AUTO, 3), (Sharing.ISOLATED, 0)),
+    ],
+)
+async def test_a_request_without_a_session_may_ask_for_auto(target: StatelessTarget, wanted: tuple[Sharing, int]) -> None:
+    pool = FakePool()
+    judged(pool, planner=Sharing.EAGER, critic=Sharing.ISOLATED)
+    command = GenerateCommand(target, TextOrTokens(text="hello"), SamplingChoice(max_tokens=2))
+    await run(make_service(pool), command)
+    (request,) = pool.generated
+    assert (request.sharing, request.context_len) == wanted
+
+
+async def test_an_adapter_is_loaded_with_a_sharing_that_outlives_gateways_and_workers() -> None:
+    store = MemorySessionStore()
+    info = await make_service(FakePool(), store=store).load_adapter("coder", "/adapters/coder", Sharing.AUTO)
+    assert info.sharing is Sharing.AUTO
+    fresh = FakePool(missing={"coder"})
+    await run(
+        make_service(fresh, store=store),
+        GenerateCommand(StatelessTarget("coder"), TextOrTokens(text="hi"), SamplingChoice(max_tokens=2)),
+    )
+    assert fresh.adapters["coder"].sharing is Sharing.AUTO
+
+
+async def test_lists_and_status_say_how_auto_is_served_and_the_store_does_not_keep_it() -> None:
+    pool, store = FakePool(), MemorySessionStore()
+    service = make_service(pool, store=store)
+    judged(pool, planner=Sharing.EAGER)
+    listed = {info.name: info.verdict for info in await service.list_adapters()}
+    shown = {info.name: info.verdict for info in (await service.status()).adapters}
+    assert listed == shown
+    assert (listed["planner"] is not None, listed["critic"]) == (True, None)
+    judged(pool, late=Sharing.EAGER)
+    await service.load_adapter("late", "/adapters/late")
+    assert (await store.adapters())["late"].verdict is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import AdapterRef, Sharing, WriterMode
 from forkkv_cluster.core.session import BranchSpec, JoinWhat, Session, Turn
+from forkkv_cluster.core.verdict import unmeasured
 from forkkv_cluster.gateway.redis_store import MAX_ATTEMPTS, RedisSessionStore
-from forkkv_cluster.gateway.session_fields import changed_fields, from_fields, to_fields
+from forkkv_cluster.gateway.session_fields import adapter_from_json, adapter_to_json, changed_fields, from_fields, to_fields
 from forkkv_cluster.gateway.session_store import MemorySessionStore, SessionStore, open_session_store
 from forkkv_cluster.gateway.sqlite_store import SqliteSessionStore
 from tests.gateway.fake_redis import FakeRedis
@@ -141,6 +143,18 @@ async def test_adapters_are_kept_by_name(store: SessionStore) -> None:
     await store.remove_adapter("planner")
     await store.remove_adapter("planner")
     assert await store.adapters() == {}
+
+
+async def test_what_an_adapter_was_loaded_with_and_trained_for_is_kept(store: SessionStore) -> None:
+    info = replace(adapter_info("planner"), sharing=Sharing.AUTO, trained_for=Sharing.EAGER)
+    await store.put_adapter(info)
+    assert (await store.adapters())["planner"] == info
+
+
+def test_what_workers_found_is_not_stored_and_other_adapters_are_stored_as_ever() -> None:
+    info = replace(adapter_info("planner"), sharing=Sharing.AUTO)
+    assert adapter_from_json(adapter_to_json(replace(info, verdict=unmeasured(Sharing.ISOLATED)))) == info
+    assert set(json.loads(adapter_to_json(adapter_info("planner")))).isdisjoint({"sharing", "trained_for", "verdict"})
 
 
 async def test_a_file_outlives_its_process(tmp_path: Path) -> None:
