@@ -20,6 +20,7 @@ from forkkv_cluster.cli.status import status
 from forkkv_cluster.core.config import ClusterConfig, load_config, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.request import Sharing
+from forkkv_cluster.training.cli import train_adapter
 
 cli = typer.Typer(
     name="forkkv",
@@ -31,6 +32,7 @@ cli = typer.Typer(
 cli.command()(status)
 cli.command()(generate)
 cli.command("config")(config_command)
+cli.command("train-adapter")(train_adapter)
 cli.add_typer(bench_app, name="bench")
 
 

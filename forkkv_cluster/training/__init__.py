@@ -1,0 +1,1 @@
+"""Training of adapters for the sharing that they are served under: ``forkkv train-adapter``."""
