@@ -13,6 +13,7 @@ from rich.table import Table
 
 from forkkv_cluster.cli.common import DEFAULT_ADDRESS, Address, Token, errors_for_people, size
 from forkkv_cluster.client import ForkKVClient, Status
+from forkkv_cluster.core.request import AdapterInfo
 from forkkv_cluster.core.status import EngineStatus
 
 
@@ -115,6 +116,11 @@ def _largest(engine: EngineStatus, kind: str, limit: int = 3) -> str:
     return ", ".join([*named, *([f"{len(held) - limit} more"] if len(held) > limit else [])]) or "none"
 
 
+def _adapter(info: AdapterInfo) -> str:
+    trained = f", trained for {info.trained_for}" if info.trained_for is not None else ""
+    return f"{info.name} (rank {info.lora_rank}{trained})"
+
+
 def _footer(found: Status) -> str:
     cluster, directory = found.cluster, found.cluster.directory
     known = (
@@ -123,5 +129,5 @@ def _footer(found: Status) -> str:
         if directory is not None
         else "[yellow]directory away: routing goes on from the gateway's mirror[/]"
     )
-    adapters = ", ".join(f"{info.name} (rank {info.lora_rank})" for info in cluster.adapters) or "none"
+    adapters = ", ".join(_adapter(info) for info in cluster.adapters) or "none"
     return f"{known} · {cluster.num_sessions} sessions, {cluster.num_branches} branches\nadapters: {adapters}"

@@ -41,7 +41,8 @@ class Delta:
 class Finished:
     """Last event of a stream that ended well. ``finish_reason`` is None for a turn replayed from the store; times are the
     server's, seconds from arrival. ``is_adapter_inactive``: the adapter is an aLoRA that the prompt does not invoke, so that
-    the base model answered."""
+    the base model answered. ``mismatched_training``: the sharing that the adapter was trained for, where it was served under
+    another one, which its training does not vouch for; None everywhere else."""
 
     finish_reason: FinishReason | None
     num_prompt_tokens: int
@@ -52,6 +53,7 @@ class Finished:
     ttft_s: float
     e2e_s: float
     is_adapter_inactive: bool = False
+    mismatched_training: Sharing | None = None
 
 
 Event = Started | PromptLogprobs | Delta | Finished
@@ -83,6 +85,10 @@ class Generation:
     @property
     def is_adapter_inactive(self) -> bool:
         return self.finished.is_adapter_inactive
+
+    @property
+    def mismatched_training(self) -> Sharing | None:
+        return self.finished.mismatched_training
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,13 @@ class AdapterRef:
     """One adapter: the ``name`` that users say, the content ``digest`` that pages are keyed by.
 
     ``invocation_tokens`` make it an aLoRA: it is active from the first token of their last occurrence in a prompt.
+    ``trained_for`` is what its metadata says, and nothing that it is known by.
     """
 
     name: str
     digest: AdapterDigest
     invocation_tokens: tuple[int, ...] = ()
+    trained_for: Sharing | None = field(default=None, compare=False)
 
 
 MAX_STOP_TOKENS = 128
@@ -406,6 +408,7 @@ class AdapterInfo:
 
     lora_rank is the largest rank of any module; residual_bytes_per_token is over all layers, 0 without a residual: without LoRA
     on k and v, or for an aLoRA, which has invocation_tokens: nothing before its invocation is adapted.
+    ``trained_for``: what its metadata says (``core.adapter_semantics``).
     """
 
     name: str
@@ -416,10 +419,11 @@ class AdapterInfo:
     residual_bytes_per_token: int
     is_resident: bool = True
     invocation_tokens: tuple[int, ...] = ()
+    trained_for: Sharing | None = None
 
     @property
     def ref(self) -> AdapterRef:
-        return AdapterRef(self.name, self.digest, self.invocation_tokens)
+        return AdapterRef(self.name, self.digest, self.invocation_tokens, self.trained_for)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.core.adapter_semantics import read_trained_for
 from forkkv_cluster.core.errors import InvalidArgument, NotFound, Unsupported
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import AdapterInfo
@@ -175,6 +176,7 @@ def load_adapter(
         target_modules=tuple(module for module in module_shapes(model) if module in targeted),
         residual_bytes_per_token=geometry.bytes_per_token(geometry.rank_class(residual_rank)) if has_residual else 0,
         invocation_tokens=invocation_tokens,
+        trained_for=read_trained_for(directory),
     )
     return AdapterWeights(info, layers, residual_rank)
 

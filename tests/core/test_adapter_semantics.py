@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from forkkv_cluster.core.adapter_semantics import FORMAT, SEMANTICS_FILE, TRAINABLE, read_trained_for, write_trained_for
+from forkkv_cluster.core.adapter_semantics import (
+    FORMAT,
+    SEMANTICS_FILE,
+    TRAINABLE,
+    mismatched_training,
+    read_trained_for,
+    write_trained_for,
+)
 from forkkv_cluster.core.errors import InvalidArgument
-from forkkv_cluster.core.request import Sharing
+from forkkv_cluster.core.ids import AdapterDigest
+from forkkv_cluster.core.request import AdapterRef, Sharing
 
 
 @pytest.mark.parametrize("sharing", TRAINABLE)
@@ -38,3 +46,15 @@ def test_what_cannot_be_understood_is_refused_with_the_files_name(tmp_path: Path
     with pytest.raises(InvalidArgument, match=named) as caught:
         read_trained_for(tmp_path)
     assert SEMANTICS_FILE in str(caught.value)
+
+
+def test_only_an_adapter_that_says_otherwise_is_served_unlike_its_training() -> None:
+    trained = AdapterRef("planner", AdapterDigest("p"), (), Sharing.EAGER)
+    assert mismatched_training(trained, Sharing.ISOLATED) is Sharing.EAGER
+    assert mismatched_training(trained, Sharing.EAGER) is None
+    assert mismatched_training(AdapterRef("planner", AdapterDigest("p")), Sharing.EAGER) is None
+    assert mismatched_training(None, Sharing.EAGER) is None
+
+
+def test_what_it_was_trained_for_is_nothing_that_an_adapter_is_known_by() -> None:
+    assert AdapterRef("planner", AdapterDigest("p"), (), Sharing.EAGER) == AdapterRef("planner", AdapterDigest("p"))

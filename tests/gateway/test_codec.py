@@ -147,12 +147,12 @@ def test_events_come_back_as_written() -> None:
     logprob = TokenLogprob(5, -0.5, ((5, -0.5), (6, -1.0)))
     usage = PrefixUsage(4, 3, 2, 1)
     delta = TurnDelta((5, 6), "text", (logprob,), "worker-1")
-    end = TurnFinished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True)
+    end = TurnFinished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True, Sharing.EAGER)
     read = [messages.read_event(codec.write_event(event)) for event in (TurnStarted("r", 10, 2**62, 8), delta, end)]
     assert read == [
         Started("r", 10, 2**62, 8),
         Delta((5, 6), "text", (logprob,), "worker-1"),
-        Finished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True),
+        Finished(FinishReason.LENGTH, 10, 2, usage, ("w1", "w2"), 1, 0.5, 1.5, True, Sharing.EAGER),
     ]
 
 
@@ -178,7 +178,9 @@ def test_a_status_comes_back_as_written() -> None:
 
 def test_an_adapter_comes_back_as_written() -> None:
     alora = replace(adapter_info("checker"), invocation_tokens=(5, 6, 5))
-    assert messages.read_adapter(codec.write_adapter(alora)) == alora
+    trained = replace(adapter_info("planner"), trained_for=Sharing.RESIDUAL)
+    for info in (alora, trained):
+        assert messages.read_adapter(codec.write_adapter(info)) == info
 
 
 def test_an_absent_directory_stays_absent() -> None:

@@ -49,5 +49,7 @@ def row_logits(model: LoraModel, sharing: Sharing, rows: Sequence[ContextExample
     seen = forward.context(batch.context, STUDENT, sharing)
     logits = forward.logits(forward.branches(seen, batch.own, batch.positions, batch.mask, STUDENT))
     return [
-        logits[row][batch.branch[row] == branch] for row, examples in enumerate(rows) for branch in range(len(examples.branches))
+        logits[row][batch.branch[row] == branch]
+        for row, examples in enumerate(rows)
+        for branch in range(len(examples.branches))
     ]

@@ -90,15 +90,12 @@ def test_a_converted_adapter_answers_shared_as_its_original_does_isolated(family
     model = opened(model_dir, random_adapter(model_dir, tmp_path / "ordinary", target_modules=["k_proj", "v_proj", "o_proj"]))
     unlabelled = [ContextExamples(e.context, tuple(BranchExample(b.prompt, ()) for b in e.branches)) for e in EXAMPLES]
     completed = complete(model, unlabelled, max_tokens=6)
-    isolated, shared = branch_logits(model, Sharing.ISOLATED).detach(), branch_logits(model, Sharing.EAGER).detach()
     trainer = Trainer(model, TrainingSettings(**(FAST | {"learning_rate": 5e-3, "epochs": 12, "prompt_weight": 1.0})))  # type: ignore[arg-type]
     before = trainer.evaluate(completed)
     losses = trainer.train(completed).losses
     after = trainer.evaluate(completed)
     assert losses[-1] < 0.3 * losses[0]
     assert after.token_accuracy > before.token_accuracy
-    # What it has not seen comes closer to the original, too; its original has not moved.
-    assert (branch_logits(model, Sharing.EAGER) - isolated).norm() < (shared - isolated).norm()
     assert trainer.evaluate(completed, Sharing.ISOLATED, "teacher").token_accuracy == 1.0
 
 

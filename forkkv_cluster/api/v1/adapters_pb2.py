@@ -22,27 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from forkkv_cluster.api.v1 import common_pb2 as forkkv__cluster_dot_api_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$forkkv_cluster/api/v1/adapters.proto\x12\x15\x66orkkv_cluster.api.v1\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x9d\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x11\n\tlora_rank\x18\x04 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12 \n\x18residual_bytes_per_token\x18\x06 \x01(\x05\x12\x19\n\x11invocation_tokens\x18\x07 \x03(\x05\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"H\n\x14ListAdaptersResponse\x12\x30\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1e.forkkv_cluster.api.v1.Adapter2\xbf\x02\n\x0e\x41\x64\x61pterService\x12X\n\x0bLoadAdapter\x12).forkkv_cluster.api.v1.LoadAdapterRequest\x1a\x1e.forkkv_cluster.api.v1.Adapter\x12j\n\rUnloadAdapter\x12+.forkkv_cluster.api.v1.UnloadAdapterRequest\x1a,.forkkv_cluster.api.v1.UnloadAdapterResponse\x12g\n\x0cListAdapters\x12*.forkkv_cluster.api.v1.ListAdaptersRequest\x1a+.forkkv_cluster.api.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$forkkv_cluster/api/v1/adapters.proto\x12\x15\x66orkkv_cluster.api.v1\x1a\"forkkv_cluster/api/v1/common.proto\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"\xd2\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x11\n\tlora_rank\x18\x04 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12 \n\x18residual_bytes_per_token\x18\x06 \x01(\x05\x12\x19\n\x11invocation_tokens\x18\x07 \x03(\x05\x12\x33\n\x0btrained_for\x18\x08 \x01(\x0e\x32\x1e.forkkv_cluster.api.v1.Sharing\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"H\n\x14ListAdaptersResponse\x12\x30\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1e.forkkv_cluster.api.v1.Adapter2\xbf\x02\n\x0e\x41\x64\x61pterService\x12X\n\x0bLoadAdapter\x12).forkkv_cluster.api.v1.LoadAdapterRequest\x1a\x1e.forkkv_cluster.api.v1.Adapter\x12j\n\rUnloadAdapter\x12+.forkkv_cluster.api.v1.UnloadAdapterRequest\x1a,.forkkv_cluster.api.v1.UnloadAdapterResponse\x12g\n\x0cListAdapters\x12*.forkkv_cluster.api.v1.ListAdaptersRequest\x1a+.forkkv_cluster.api.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forkkv_cluster.api.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOADADAPTERREQUEST']._serialized_start=63
-  _globals['_LOADADAPTERREQUEST']._serialized_end=111
-  _globals['_ADAPTER']._serialized_start=114
-  _globals['_ADAPTER']._serialized_end=271
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=273
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=309
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=311
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=334
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=336
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=357
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=359
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=431
-  _globals['_ADAPTERSERVICE']._serialized_start=434
-  _globals['_ADAPTERSERVICE']._serialized_end=753
+  _globals['_LOADADAPTERREQUEST']._serialized_start=99
+  _globals['_LOADADAPTERREQUEST']._serialized_end=147
+  _globals['_ADAPTER']._serialized_start=150
+  _globals['_ADAPTER']._serialized_end=360
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=362
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=398
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=400
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=423
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=425
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=446
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=448
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=520
+  _globals['_ADAPTERSERVICE']._serialized_start=523
+  _globals['_ADAPTERSERVICE']._serialized_end=842
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from forkkv_cluster.api.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -15,7 +16,7 @@ class LoadAdapterRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "path", "lora_rank", "target_modules", "residual_bytes_per_token", "invocation_tokens")
+    __slots__ = ("name", "digest", "path", "lora_rank", "target_modules", "residual_bytes_per_token", "invocation_tokens", "trained_for")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +24,7 @@ class Adapter(_message.Message):
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_FOR_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     path: str
@@ -30,7 +32,8 @@ class Adapter(_message.Message):
     target_modules: _containers.RepeatedScalarFieldContainer[str]
     residual_bytes_per_token: int
     invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., path: _Optional[str] = ..., lora_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., residual_bytes_per_token: _Optional[int] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    trained_for: _common_pb2.Sharing
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., path: _Optional[str] = ..., lora_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., residual_bytes_per_token: _Optional[int] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., trained_for: _Optional[_Union[_common_pb2.Sharing, str]] = ...) -> None: ...
 
 class UnloadAdapterRequest(_message.Message):
     __slots__ = ("name",)
