@@ -1,1 +1,1 @@
-"""Training of adapters for the sharing that they are served under: ``forkkv train-adapter``."""
+"""Training: models and adapters that this repository makes itself."""
