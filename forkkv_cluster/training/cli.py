@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from forkkv_cluster.core.errors import ForkKVError, InvalidArgument
+from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.request import Sharing
+from forkkv_cluster.training.terminal import errors_for_people, progress
 
 if TYPE_CHECKING:
     from forkkv_cluster.training.lora_model import LoraShape
-    from forkkv_cluster.training.run import OnProgress, TrainingReport
-
-console = Console(stderr=True)
+    from forkkv_cluster.training.run import TrainingReport
 
 
 def train_adapter(
@@ -45,7 +41,9 @@ def train_adapter(
     dropout: Annotated[float, typer.Option(help="Dropout of the LoRA's input.", min=0.0, max=0.9)] = 0.0,
     epochs: Annotated[int, typer.Option(help="Passes over the data.", min=1)] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.", min=1)] = None,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")] = 3e-4,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", help="Peak learning rate of AdamW; small models want more, such as 1e-3.")
+    ] = 3e-4,
     contexts_per_step: Annotated[int, typer.Option(help="Contexts in a step.", min=1)] = 4,
     branches_per_context: Annotated[
         int, typer.Option(help="Branches that share one pass over their context, at most.", min=1)
@@ -75,7 +73,7 @@ def train_adapter(
 
     Lines of equal context become branches of one pass, so write many questions to each context.
     """
-    with _errors_for_people():
+    with errors_for_people():
         # Here: torch takes seconds that `forkkv --help` need not wait for.
         from forkkv_cluster.training.run import TrainingJob
         from forkkv_cluster.training.run import train_adapter as run
@@ -89,7 +87,7 @@ def train_adapter(
             model, data, out, settings, _shape(rank, alpha, targets, dropout, from_adapter), from_adapter, eval_data,
             completion_tokens, device, dtype,
         )  # fmt: skip
-        with _progress() as on_progress:
+        with progress() as on_progress:
             report = run(job, on_progress)
     typer.echo(json.dumps(asdict(report), indent=2)) if as_json else _print(report)
 
@@ -112,37 +110,6 @@ def _shape(
     if unknown:
         raise InvalidArgument("--targets", targets, f"names {unknown[0]!r}", f"Use some of {','.join(ALL_LINEAR)}.")
     return LoraShape(rank or 16, alpha if alpha is not None else 2.0 * (rank or 16), names, dropout)
-
-
-@contextmanager
-def _errors_for_people() -> Iterator[None]:
-    try:
-        yield
-    except ForkKVError as error:
-        console.print(f"[bold red]error[/] {error.code}: ", end="")
-        console.print(error.message, markup=False, highlight=False)
-        raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
-
-
-@contextmanager
-def _progress() -> Iterator[OnProgress]:
-    """One bar on standard error for what is being done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int, note: str) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total, note=note)
-            progress.update(tasks[what], completed=done, total=total, note=note)
-
-        yield show
 
 
 def _print(report: TrainingReport) -> None:

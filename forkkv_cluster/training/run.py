@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -13,10 +12,8 @@ from forkkv_cluster.core.request import Sharing
 from forkkv_cluster.training.examples import ExampleFile, read_examples
 from forkkv_cluster.training.lora_model import TEACHER, LoraModel, LoraShape, load_tokenizer, open_model, save_adapter
 from forkkv_cluster.training.teacher import complete
+from forkkv_cluster.training.terminal import OnProgress
 from forkkv_cluster.training.trainer import Quality, Trainer, TrainingResult, TrainingSettings
-
-OnProgress = Callable[[str, int, int, str], None]
-"""(what is being done, units done, units in all, a word on it)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,20 @@ Rotation = tuple[Tensor, Tensor]
 Write = Callable[[int, Tensor], KV]
 """(layer, x [B, S, H]) -> the K and V that this pass attends to, among them its own."""
 
+Attend = Callable[[Tensor, KV, Tensor | None], Tensor]
+"""(q [B, Hq, T, D], K and V of S tokens, which of them each q sees [B, T, S], None for a causal pass) -> [B, Hq, T, D]."""
+
+
+def attend(q: Tensor, kv: KV, mask: Tensor | None) -> Tensor:
+    """Attention as ``Attend`` has it."""
+    if mask is None:
+        return scaled_dot_product_attention(q, kv.k, kv.v, is_causal=True, enable_gqa=True)
+    # The heads of a group are stacked as rows of their K and V, which then need no copy for each.
+    group = q.shape[1] // kv.k.shape[1]
+    rows = q.reshape(q.shape[0], kv.k.shape[1], group * q.shape[2], q.shape[3])
+    seen = mask.repeat(1, group, 1).unsqueeze(1)
+    return scaled_dot_product_attention(rows, kv.k, kv.v, attn_mask=seen).reshape(q.shape)
+
 
 class SharedForward:
     """Stateless over a causal language model of a family that the engine serves, with peft's LoRA in it or without.
@@ -73,7 +87,27 @@ class SharedForward:
         self._base_pass(tokens, rotation, project_too)
         return seen
 
-    def branches(self, context: Sequence[KV], own: Tensor, positions: Tensor, mask: Tensor, adapter: str) -> Tensor:
+    def repaired(self, context: Sequence[KV], tokens: Tensor, chosen: Tensor, adapter: str) -> list[KV]:
+        """``context`` of ``tokens`` [1, C] int64, with the tokens at ``chosen`` [n] int64 (ascending) run again by ``adapter``.
+
+        They attend to what ``context`` has of the others and to each other, and theirs are whole K and V: all of them chosen
+        is ``isolated``.
+        """
+        rotation = self._rotation(chosen.unsqueeze(0))
+        mask = torch.arange(tokens.shape[1], device=tokens.device) <= chosen.unsqueeze(-1)
+        seen: list[KV] = []
+
+        def write(index: int, x: Tensor) -> KV:
+            new = self._own(index, x, adapter, rotation)
+            seen.append(KV(*(old.index_copy(2, chosen, own) for old, own in zip(context[index], new, strict=True))))
+            return seen[-1]
+
+        self._layers(tokens[:, chosen], rotation, adapter, write, mask.unsqueeze(0))
+        return seen
+
+    def branches(
+        self, context: Sequence[KV], own: Tensor, positions: Tensor, mask: Tensor, adapter: str, attend: Attend = attend
+    ) -> Tensor:
         """Own tokens [B, T] int64 at ``positions`` [B, T], run by ``adapter`` -> last hidden states [B, T, H], normalised.
 
         ``mask`` [B, T, C + T] bool says which of the context and of the own tokens each of them sees.
@@ -84,7 +118,7 @@ class SharedForward:
             new = self._own(index, x, adapter, rotation)
             return KV(*(torch.cat(pair, dim=2) for pair in zip(context[index], new, strict=True)))
 
-        hidden = self._layers(own, rotation, adapter, write, mask)
+        hidden = self._layers(own, rotation, adapter, write, mask, attend)
         return self._norm(self._body.norm, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -133,7 +167,15 @@ class SharedForward:
 
     # --- one pass ---------------------------------------------------------------------------------------------------
 
-    def _layers(self, tokens: Tensor, rotation: Rotation, adapter: str | None, write: Write, mask: Tensor | None) -> Tensor:
+    def _layers(
+        self,
+        tokens: Tensor,
+        rotation: Rotation,
+        adapter: str | None,
+        write: Write,
+        mask: Tensor | None,
+        attend: Attend = attend,
+    ) -> Tensor:
         """All layers over [B, S]; what ``write`` gives is attended to, causally without ``mask`` -> [B, S, H].
 
         Without ``mask`` it is a pass for its K and V alone, which nobody reads the last layer's output of.
@@ -147,7 +189,7 @@ class SharedForward:
             q = self._heads(project(layer.self_attn.q_proj, x, adapter))
             if self._config.qk_norm:
                 q = self._norm(layer.self_attn.q_norm, q)
-            attended = _attend(_rotated(q, rotation).transpose(1, 2), kv, mask)
+            attended = attend(_rotated(q, rotation).transpose(1, 2), kv, mask)
             hidden = hidden + project(layer.self_attn.o_proj, attended.transpose(1, 2).flatten(2), adapter)
             x = self._norm(layer.post_attention_layernorm, hidden)
             gated = silu(project(layer.mlp.gate_proj, x, adapter)) * project(layer.mlp.up_proj, x, adapter)
@@ -174,7 +216,7 @@ class SharedForward:
         return KV(_rotated(k, rotation).transpose(1, 2), kv.v.transpose(1, 2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self._config.head_dim)
+        return x.view(*x.shape[:-1], x.shape[-1] // self._config.head_dim, self._config.head_dim)
 
     def _norm(self, module: Any, x: Tensor) -> Tensor:
         return rms_norm(x, module.weight.shape, module.weight, self._config.rms_norm_eps)
@@ -195,14 +237,3 @@ def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-def _attend(q: Tensor, kv: KV, mask: Tensor | None) -> Tensor:
-    """q [B, Hq, T, D] over K and V -> [B, Hq, T, D]; causal without ``mask`` [B, T, S]."""
-    if mask is None:
-        return scaled_dot_product_attention(q, kv.k, kv.v, is_causal=True, enable_gqa=True)
-    # The heads of a group are stacked as rows of their K and V, which then need no copy for each.
-    group = q.shape[1] // kv.k.shape[1]
-    rows = q.reshape(q.shape[0], kv.k.shape[1], group * q.shape[2], q.shape[3])
-    seen = mask.repeat(1, group, 1).unsqueeze(1)
-    return scaled_dot_product_attention(rows, kv.k, kv.v, attn_mask=seen).reshape(q.shape)
