@@ -102,7 +102,8 @@ async def models(gateway: Gateway, caller: Caller) -> Response:
     base = {"id": gateway.model.name, "object": "model", "created": 0, "owned_by": "forkkv"}
     data = [{**base, "max_model_len": gateway.model.max_model_len, "root": gateway.model.name, "parent": None}]
     for info in await gateway.list_adapters():
-        data.append({**base, "id": info.name, "root": info.path, "parent": gateway.model.name})
+        said = {"trained_for": info.trained_for} if info.trained_for is not None else {}
+        data.append({**base, "id": info.name, "root": info.path, "parent": gateway.model.name, **said})
     return JSONResponse({"object": "list", "data": data})
 
 

@@ -95,3 +95,11 @@ async def test_stored_sessions_and_adapters_know_it_and_older_ones_say_nothing(p
     assert adapter_from_json(text).trained_for is Sharing.EAGER
     older = {name: value for name, value in json.loads(text).items() if name != "trained_for"}
     assert adapter_from_json(json.dumps(older)).trained_for is None
+
+
+async def test_the_list_of_models_names_it(pool: FakePool) -> None:
+    service = make_service(pool)
+    with TestClient(build_http_app(lambda: service)) as client:
+        listed = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+    assert listed["trained"]["trained_for"] == "eager"
+    assert "trained_for" not in listed["planner"]
