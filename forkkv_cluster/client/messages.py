@@ -244,10 +244,6 @@ def sharing_value(sharing: Sharing | str | None) -> common_pb2.Sharing:
 # Results
 
 
-def _read_any_sharing(value: int) -> Sharing | None:
-    return read_sharing(value) if value != common_pb2.SHARING_UNSPECIFIED else None
-
-
 def read_sharing(value: int) -> Sharing:
     return Sharing[common_pb2.Sharing.Name(value).removeprefix("SHARING_")]
 
@@ -328,7 +324,7 @@ def _read_finished(message: sessions_pb2.TurnFinished) -> Finished:
         ttft_s=message.ttft_s,
         e2e_s=message.e2e_s,
         is_adapter_inactive=message.is_adapter_inactive,
-        mismatched_training=_read_any_sharing(message.mismatched_training),
+        mismatched_training=_read_sharing(message.mismatched_training),
     )
 
 
@@ -341,8 +337,13 @@ def read_adapter(message: adapters_pb2.Adapter) -> AdapterInfo:
         target_modules=tuple(message.target_modules),
         residual_bytes_per_token=message.residual_bytes_per_token,
         invocation_tokens=tuple(message.invocation_tokens),
-        trained_for=_read_any_sharing(message.trained_for),
+        trained_for=_read_sharing(message.trained_for),
     )
+
+
+def _read_sharing(value: int) -> Sharing | None:
+    name = common_pb2.Sharing.Name(value)
+    return None if name == "SHARING_UNSPECIFIED" else Sharing[name.removeprefix("SHARING_")]
 
 
 def read_status(message: cluster_pb2.ClusterStatus) -> Status:

@@ -47,9 +47,9 @@ def read_trained_for(directory: str | Path) -> Sharing | None:
 
 def mismatched_training(adapter: AdapterRef | None, sharing: Sharing) -> Sharing | None:
     """What ``adapter`` says it was trained for, where it is served under another ``sharing``: its answers are then not what
-    its training made them. None where both agree, and for an adapter that says nothing."""
+    its training made them. None where both agree, for an adapter that says nothing, and under ``auto``, which is a choice."""
     trained_for = adapter.trained_for if adapter is not None else None
-    return trained_for if trained_for is not sharing else None
+    return trained_for if sharing not in (trained_for, Sharing.AUTO) else None
 
 
 def write_trained_for(directory: str | Path, sharing: Sharing, training: Mapping[str, Any]) -> Path:

@@ -186,7 +186,7 @@ def write_branch(branch: Branch, *, include_tokens: bool = False) -> sessions_pb
     return message
 
 
-def _write_any_sharing(sharing: Sharing | None) -> common_pb2.Sharing:
+def _write_optional_sharing(sharing: Sharing | None) -> common_pb2.Sharing:
     return _write_sharing(sharing) if sharing is not None else common_pb2.SHARING_UNSPECIFIED
 
 
@@ -246,7 +246,7 @@ def _write_finished(event: TurnFinished) -> sessions_pb2.TurnFinished:
         ttft_s=event.ttft_s,
         e2e_s=event.e2e_s,
         is_adapter_inactive=event.is_adapter_inactive,
-        mismatched_training=_write_any_sharing(event.mismatched_training),
+        mismatched_training=_write_optional_sharing(event.mismatched_training),
     )
 
 
@@ -273,7 +273,7 @@ def write_adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         target_modules=info.target_modules,
         residual_bytes_per_token=info.residual_bytes_per_token,
         invocation_tokens=info.invocation_tokens,
-        trained_for=_write_any_sharing(info.trained_for),
+        trained_for=_write_optional_sharing(info.trained_for),
     )
 
 

@@ -60,6 +60,7 @@ def train_adapter(job: TrainingJob, on_progress: OnProgress = lambda *_: None) -
         job.model_dir, sharing, shape=job.shape, teacher_dir=job.teacher_dir, device=job.device, dtype=job.dtype,
         seed=job.settings.seed,
     )  # fmt: skip
+    on_progress("loading the model", 1, 1, str(job.model_dir))
     data = _examples(job, job.data, model, on_progress)
     held_out = _examples(job, job.eval_data, model, on_progress) if job.eval_data is not None else None
     trainer = Trainer(model, job.settings)

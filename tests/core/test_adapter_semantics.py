@@ -52,6 +52,7 @@ def test_only_an_adapter_that_says_otherwise_is_served_unlike_its_training() -> 
     trained = AdapterRef("planner", AdapterDigest("p"), (), Sharing.EAGER)
     assert mismatched_training(trained, Sharing.ISOLATED) is Sharing.EAGER
     assert mismatched_training(trained, Sharing.EAGER) is None
+    assert mismatched_training(trained, Sharing.AUTO) is None
     assert mismatched_training(AdapterRef("planner", AdapterDigest("p")), Sharing.EAGER) is None
     assert mismatched_training(None, Sharing.EAGER) is None
 

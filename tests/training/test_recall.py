@@ -1,4 +1,4 @@
-"""On a model that has learned something: sharing costs an ordinary adapter, and training for the sharing wins all of it back."""
+"""On a model that has learned something: what sharing costs an ordinary adapter, and how training for it wins that back."""
 
 from __future__ import annotations
 
