@@ -70,12 +70,12 @@ class SharedForward:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         rotation = self._rotation(positions)
         if sharing is Sharing.ISOLATED:
-            return self._keeping(tokens, adapter, lambda index, x: self._own(index, x, adapter, rotation))
+            return self._keeping(tokens, rotation, adapter, lambda index, x: self._own(index, x, adapter, rotation))
         if sharing is Sharing.RESIDUAL:
             base: list[KV] = []
             self._base_pass(tokens, rotation, lambda index, x, kv: base.append(kv))
             return self._keeping(
-                tokens, adapter, lambda index, x: self._over_shared_base(index, x, base[index], adapter, rotation)
+                tokens, rotation, adapter, lambda index, x: self._over_shared_base(index, x, base[index], adapter, rotation)
             )
         seen: list[KV] = []
         has_grad, eager = torch.is_grad_enabled(), sharing is Sharing.EAGER
@@ -128,7 +128,7 @@ class SharedForward:
 
     # --- passes over a context -------------------------------------------------------------------------------------
 
-    def _keeping(self, tokens: Tensor, adapter: str, write: Write) -> list[KV]:
+    def _keeping(self, tokens: Tensor, rotation: Rotation, adapter: str, write: Write) -> list[KV]:
         """The adapter's pass, and what it wrote."""
         seen: list[KV] = []
 
@@ -136,7 +136,6 @@ class SharedForward:
             seen.append(write(index, x))
             return seen[-1]
 
-        rotation = self._rotation(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
         self._layers(tokens, rotation, adapter, write_and_keep, None)
         return seen
 
