@@ -21,6 +21,8 @@ from forkkv_cluster.cli.status import status
 from forkkv_cluster.core.config import ClusterConfig, load_config, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.request import Sharing
+from forkkv_cluster.training.cli import train_adapter
+from forkkv_cluster.training.repair_cli import measure_repair
 
 cli = typer.Typer(
     name="forkkv",
@@ -33,6 +35,8 @@ cli.command()(status)
 cli.command()(generate)
 cli.command("load-adapter")(load_adapter)
 cli.command("config")(config_command)
+cli.command("train-adapter")(train_adapter)
+cli.command("measure-repair")(measure_repair)
 cli.add_typer(bench_app, name="bench")
 
 

@@ -60,8 +60,10 @@ def _print(events: Iterator[Event]) -> None:
             typer.echo()
             usage = event.usage
             inactive = "adapter not invoked, the base model answered; " if event.is_adapter_inactive else ""
+            other = event.mismatched_training
+            mismatch = f"[yellow]adapter trained for {other}, served under another sharing;[/] " if other is not None else ""
             Console(stderr=True).print(
-                f"[dim]{inactive}{event.num_generated_tokens} tokens, {event.finish_reason}; prompt "
+                f"[dim]{mismatch}{inactive}{event.num_generated_tokens} tokens, {event.finish_reason}; prompt "
                 f"{event.num_prompt_tokens} tokens, {usage.useful_hit_tokens} from the cache, {usage.prefill_tokens_run} run; "
                 f"first token after {event.ttft_s:.3f} s, all after {event.e2e_s:.3f} s on {', '.join(event.worker_ids)}[/]"
             )

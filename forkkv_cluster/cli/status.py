@@ -156,6 +156,11 @@ def _largest(engine: EngineStatus, kind: str, limit: int = 3) -> str:
     return ", ".join([*named, *([f"{len(held) - limit} more"] if len(held) > limit else [])]) or "none"
 
 
+def _adapter(info: AdapterInfo) -> str:
+    trained = f", trained for {info.trained_for}" if info.trained_for is not None else ""
+    return f"{info.name} (rank {info.lora_rank}{trained})"
+
+
 def _footer(found: Status) -> str:
     cluster, directory = found.cluster, found.cluster.directory
     known = (
@@ -164,5 +169,5 @@ def _footer(found: Status) -> str:
         if directory is not None
         else "[yellow]directory away: routing goes on from the gateway's mirror[/]"
     )
-    adapters = ", ".join(f"{info.name} (rank {info.lora_rank})" for info in cluster.adapters) or "none"
+    adapters = ", ".join(_adapter(info) for info in cluster.adapters) or "none"
     return f"{known} · {cluster.num_sessions} sessions, {cluster.num_branches} branches\nadapters: {adapters}"

@@ -328,6 +328,7 @@ def _read_finished(message: sessions_pb2.TurnFinished) -> Finished:
         e2e_s=message.e2e_s,
         is_adapter_inactive=message.is_adapter_inactive,
         sharing=_read_sharing(message.sharing),
+        mismatched_training=_read_sharing(message.mismatched_training),
     )
 
 
@@ -344,11 +345,6 @@ def read_adapter(message: adapters_pb2.Adapter) -> AdapterInfo:
         sharing=_read_sharing(message.sharing),
         verdict=_read_verdict(message.verdict) if message.HasField("verdict") else None,
     )
-
-
-def _read_sharing(value: int) -> Sharing | None:
-    name = common_pb2.Sharing.Name(value)
-    return None if name == "SHARING_UNSPECIFIED" else Sharing[name.removeprefix("SHARING_")]
 
 
 def _read_verdict(message: adapters_pb2.SharingVerdict) -> SharingVerdict:
@@ -381,6 +377,11 @@ def _read_drift(message: cluster_pb2.AdapterDrift) -> AdapterDrift:
         agreement=_read_agreement(message.agreement),
         first_divergence=message.first_divergence if message.HasField("first_divergence") else None,
     )
+
+
+def _read_sharing(value: int) -> Sharing | None:
+    name = common_pb2.Sharing.Name(value)
+    return None if name == "SHARING_UNSPECIFIED" else Sharing[name.removeprefix("SHARING_")]
 
 
 def read_status(message: cluster_pb2.ClusterStatus) -> Status:

@@ -41,7 +41,9 @@ class Delta:
 class Finished:
     """Last event of a stream that ended well. ``finish_reason`` is None for a turn replayed from the store; times are the
     server's, seconds from arrival. ``is_adapter_inactive``: the adapter is an aLoRA that the prompt does not invoke, so that
-    the base model answered. ``sharing``: how it was served, which under ``auto`` is the server's choice."""
+    the base model answered. ``sharing``: how it was served, which under ``auto`` is the server's choice.
+    ``mismatched_training``: the sharing that the adapter was trained for, where it was served under another one, which its
+    training does not vouch for; None everywhere else."""
 
     finish_reason: FinishReason | None
     num_prompt_tokens: int
@@ -53,6 +55,7 @@ class Finished:
     e2e_s: float
     is_adapter_inactive: bool = False
     sharing: Sharing | None = None
+    mismatched_training: Sharing | None = None
 
 
 Event = Started | PromptLogprobs | Delta | Finished
@@ -84,6 +87,10 @@ class Generation:
     @property
     def is_adapter_inactive(self) -> bool:
         return self.finished.is_adapter_inactive
+
+    @property
+    def mismatched_training(self) -> Sharing | None:
+        return self.finished.mismatched_training
 
 
 @dataclass(frozen=True, slots=True)

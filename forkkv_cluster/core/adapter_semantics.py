@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forkkv_cluster.core.errors import InvalidArgument
-from forkkv_cluster.core.request import Sharing
+from forkkv_cluster.core.request import AdapterRef, Sharing
 
 SEMANTICS_FILE = "forkkv.json"
 FORMAT = "forkkv-adapter/1"
@@ -43,6 +43,13 @@ def read_trained_for(directory: str | Path) -> Sharing | None:
     if trained_for not in TRAINABLE:
         raise InvalidArgument("trained_for", trained_for, f"in {path} is not one of {', '.join(TRAINABLE)}", _REMEDY)
     return Sharing(trained_for)
+
+
+def mismatched_training(adapter: AdapterRef | None, sharing: Sharing) -> Sharing | None:
+    """What ``adapter`` says it was trained for, where it is served under another ``sharing``: its answers are then not what
+    its training made them. None where both agree, for an adapter that says nothing, and under ``auto``, which is a choice."""
+    trained_for = adapter.trained_for if adapter is not None else None
+    return trained_for if sharing not in (trained_for, Sharing.AUTO) else None
 
 
 def write_trained_for(directory: str | Path, sharing: Sharing, training: Mapping[str, Any]) -> Path:

@@ -48,11 +48,13 @@ class AdapterRef:
     """One adapter: the ``name`` that users say, the content ``digest`` that pages are keyed by.
 
     ``invocation_tokens`` make it an aLoRA: it is active from the first token of their last occurrence in a prompt.
+    ``trained_for`` is what its metadata says, and nothing that it is known by.
     """
 
     name: str
     digest: AdapterDigest
     invocation_tokens: tuple[int, ...] = ()
+    trained_for: Sharing | None = field(default=None, compare=False)
 
 
 MAX_STOP_TOKENS = 128
@@ -434,7 +436,7 @@ class AdapterInfo:
 
     @property
     def ref(self) -> AdapterRef:
-        return AdapterRef(self.name, self.digest, self.invocation_tokens)
+        return AdapterRef(self.name, self.digest, self.invocation_tokens, self.trained_for)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from forkkv_cluster.core.adapter_semantics import mismatched_training
 from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig, parse_config
 from forkkv_cluster.core.detokenizer import IncrementalDetokenizer
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -58,6 +59,7 @@ class Completion:
     """What one prompt or turn brought. ``text`` is empty where the model directory holds no tokenizer.
 
     ``is_adapter_inactive``: its adapter is an aLoRA that the prompt does not invoke, so that the base model answered.
+    ``mismatched_training``: the sharing that its adapter was trained for, where another one served it.
     prompt_logprobs  one for each token of the prompt (of a branch: its whole history) where they were asked for; None for
                      the first, and for shared context that this request did not run and the token after it
     """
@@ -69,6 +71,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     is_adapter_inactive: bool = False
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    mismatched_training: Sharing | None = None
 
 
 class LLM:
@@ -186,6 +189,7 @@ class LLM:
                 tuple(run.logprobs),
                 isinstance(run.request, GenerateRequest) and run.request.is_adapter_inactive,
                 _prompt_entries(run) if sampling.prompt_logprobs is not None else None,
+                _mismatch(run),
             )
             for run in runs
         ]
@@ -270,6 +274,11 @@ def _prompt_entries(run: LocalRun) -> tuple[TokenLogprob | None, ...]:
         return ()
     scored = [entry for part in run.prompt_logprobs for entry in part.entries()]
     return (*[None] * (run.request.num_prompt_tokens - len(scored)), *scored)
+
+
+def _mismatch(run: LocalRun) -> Sharing | None:
+    request = run.request
+    return mismatched_training(request.adapter, request.sharing) if isinstance(request, GenerateRequest) else None
 
 
 def _envelope() -> Envelope:

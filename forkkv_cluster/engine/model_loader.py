@@ -52,6 +52,16 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def read_model_config(directory: Path) -> ModelConfig:
+    """What a checkpoint directory says of its model. Raises InvalidArgument for missing or broken files, Unsupported for a
+    model that this engine does not run."""
+    if not directory.is_dir():
+        raise InvalidArgument("model.path", str(directory), "is not a directory", "Name a Hugging Face checkpoint directory.")
+    raw = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    return parse_config(raw, family_of(raw.get("architectures")), read_json(generation) if generation.exists() else {})
+
+
 def load_model(path: str | Path, dtype: str, device: torch.device, load_format: str = "auto") -> LoadedModel:
     """Read a checkpoint; ``load_format`` ``dummy`` reads its config.json alone and makes the weights up.
 
@@ -61,15 +71,11 @@ def load_model(path: str | Path, dtype: str, device: torch.device, load_format: 
     if load_format not in LOAD_FORMATS:
         raise Unsupported("load_format", load_format, "is not supported", f"Use one of {', '.join(LOAD_FORMATS)}.")
     directory = Path(path)
-    if not directory.is_dir():
-        raise InvalidArgument("model.path", str(path), "is not a directory", "Name a Hugging Face checkpoint directory.")
-    raw = read_json(directory / "config.json")
-    family = family_of(raw.get("architectures"))
-    generation = directory / "generation_config.json"
-    config = parse_config(raw, family, read_json(generation) if generation.exists() else {})
+    config = read_model_config(directory)
     torch_dtype = resolve_dtype(dtype, config, device)
     if load_format == "dummy":
-        dummy = DummyWeights(torch_dtype, device, float(raw.get("initializer_range") or 0.02))
+        std = read_json(directory / "config.json").get("initializer_range")
+        dummy = DummyWeights(torch_dtype, device, float(std or 0.02))
         return LoadedModel(
             load_decoder(config, dummy.take), config, dummy.digest(digest_files([directory / "config.json"])), torch_dtype
         )

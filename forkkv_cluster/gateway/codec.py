@@ -256,6 +256,7 @@ def _write_finished(event: TurnFinished) -> sessions_pb2.TurnFinished:
         e2e_s=event.e2e_s,
         is_adapter_inactive=event.is_adapter_inactive,
         sharing=_write_optional_sharing(event.sharing),
+        mismatched_training=_write_optional_sharing(event.mismatched_training),
     )
 
 

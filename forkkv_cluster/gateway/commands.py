@@ -113,6 +113,7 @@ class TurnFinished:
     Times count from arrival, seconds. ``finish_reason`` is None for a turn that was replayed from the store.
     ``is_adapter_inactive``: the adapter is an aLoRA that the prompt does not invoke, so that the base model answered.
     ``sharing``: how it was served, never ``auto``; None for a replayed turn.
+    ``mismatched_training``: the sharing that the adapter was trained for, where another one served it.
     """
 
     finish_reason: FinishReason | None
@@ -125,6 +126,7 @@ class TurnFinished:
     e2e_s: float = 0.0
     is_adapter_inactive: bool = False
     sharing: Sharing | None = None
+    mismatched_training: Sharing | None = None
 
 
 TurnEvent = TurnStarted | TurnPromptLogprobs | TurnDelta | TurnFinished

@@ -104,7 +104,8 @@ async def models(gateway: Gateway, caller: Caller) -> Response:
     data = [{**base, "max_model_len": gateway.model.max_model_len, "root": gateway.model.name, "parent": None}]
     for info in await gateway.list_adapters():
         entry = {**base, "id": info.name, "root": info.path, "parent": gateway.model.name}
-        data.append({**entry, "forkkv": adapter_body(info)})
+        said = {"trained_for": info.trained_for} if info.trained_for is not None else {}
+        data.append({**entry, **said, "forkkv": adapter_body(info)})
     return JSONResponse({"object": "list", "data": data})
 
 

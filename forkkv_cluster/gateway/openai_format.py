@@ -61,6 +61,7 @@ def usage_body(finished: TurnFinished) -> dict[str, Any]:
             "num_resumes": finished.num_resumes,
             "is_adapter_inactive": finished.is_adapter_inactive,
             "sharing": str(finished.sharing) if finished.sharing is not None else None,
+            "mismatched_training": finished.mismatched_training,
         },
     }
 
@@ -144,10 +145,13 @@ class ResponseFormat:
         raise NotImplementedError
 
     def ending(self, index: int, finished: TurnFinished) -> list[dict[str, Any]]:
-        """``closing``, whose last chunk says that the adapter did not run: in a stream without usage, nothing else does."""
+        """``closing``, whose last chunk says that the adapter did not run, or was trained for another sharing: in a stream
+        without usage, nothing else does."""
         bodies = self.closing(index, finished)
-        notes = {"forkkv": {"is_adapter_inactive": True}} if finished.is_adapter_inactive else {}
-        return [*bodies[:-1], {**bodies[-1], **notes}]
+        notes: dict[str, Any] = {"is_adapter_inactive": True} if finished.is_adapter_inactive else {}
+        if finished.mismatched_training is not None:
+            notes["mismatched_training"] = finished.mismatched_training
+        return [*bodies[:-1], {**bodies[-1], **({"forkkv": notes} if notes else {})}]
 
     def usage_chunk(self, finished: TurnFinished) -> dict[str, Any]:
         """The extra last chunk of stream_options.include_usage."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from forkkv_cluster.core.adapter_semantics import mismatched_training
 from forkkv_cluster.core.errors import FailedPrecondition, InvalidArgument
 from forkkv_cluster.core.prefix import TokenArray
 from forkkv_cluster.core.request import SamplingParams
@@ -79,7 +80,13 @@ async def stored_turn(branch: Branch, turn: Turn, tokenization: Tokenization) ->
     rest = detokenizer.flush()
     if rest:
         yield TurnDelta(text=rest)
-    yield TurnFinished(None, num_prompt, len(generated), is_adapter_inactive=is_inactive)
+    yield TurnFinished(
+        None,
+        num_prompt,
+        len(generated),
+        is_adapter_inactive=is_inactive,
+        mismatched_training=None if is_inactive else mismatched_training(branch.adapter, branch.sharing),
+    )
 
 
 async def skip_received(events: AsyncGenerator[TurnEvent, None], num_received: int) -> AsyncGenerator[TurnEvent, None]:

@@ -78,7 +78,7 @@ def adapter_to_json(adapter: AdapterInfo) -> str:
 def adapter_from_json(text: str | bytes) -> AdapterInfo:
     values = json.loads(text)
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    sharings = {name: Sharing(values[name]) for name in ("sharing", "trained_for") if name in values}
+    sharings = {name: _sharing_or_none(values.get(name)) for name in ("sharing", "trained_for")}
     return AdapterInfo(**{**values, **lists, **sharings})
 
 
@@ -137,6 +137,8 @@ def _ref(adapter: AdapterRef | None) -> list[Any] | None:
     if adapter is None:
         return None
     # A plain LoRA as earlier versions wrote, and read, every adapter.
+    if adapter.trained_for is not None:
+        return [adapter.name, adapter.digest, adapter.invocation_tokens, adapter.trained_for]
     return [adapter.name, adapter.digest, *([adapter.invocation_tokens] if adapter.invocation_tokens else [])]
 
 
@@ -146,7 +148,12 @@ def _read_ref(values: list[Any] | None) -> AdapterRef | None:
 
 def _ref_of(values: list[Any]) -> AdapterRef:
     name, digest, *rest = values
-    return AdapterRef(name, AdapterDigest(digest), tuple(rest[0]) if rest else ())
+    trained_for = _sharing_or_none(rest[1] if len(rest) > 1 else None)
+    return AdapterRef(name, AdapterDigest(digest), tuple(rest[0]) if rest else (), trained_for)
+
+
+def _sharing_or_none(value: str | None) -> Sharing | None:
+    return Sharing(value) if value is not None else None
 
 
 def _tokens(tokens: TokenArray) -> bytes:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 
+from forkkv_cluster.core.adapter_semantics import mismatched_training
 from forkkv_cluster.core.clock import Clock
 from forkkv_cluster.core.errors import DeadlineExceeded, Internal, NotFound, Unavailable
 from forkkv_cluster.core.output_text import OutputText
@@ -89,6 +90,7 @@ class TurnRunner:
             e2e_s=end - arrival,
             is_adapter_inactive=request.is_adapter_inactive,
             sharing=request.sharing,
+            mismatched_training=mismatched_training(request.adapter, request.sharing),
         )
 
     def output_of(self, request: GenerateRequest) -> TurnOutput:

@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 from forkkv_cluster.__main__ import banner, cli, merged_config, parse_adapter
 from forkkv_cluster.cli.adapters import described
+from forkkv_cluster.cli.generate import _print as print_events
 from forkkv_cluster.cli.status import adapter_table, memory_table, sharing_table, worker_table
-from forkkv_cluster.client import ForkKVClient, Status
+from forkkv_cluster.client import Finished, ForkKVClient, Status
 from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.ids import AdapterDigest
-from forkkv_cluster.core.request import AdapterInfo, ModelInfo, Sharing
+from forkkv_cluster.core.request import AdapterInfo, ModelInfo, PrefixUsage, Sharing
 from forkkv_cluster.core.status import (
     AdapterDrift,
     AdapterMemoryStatus,
@@ -163,6 +164,26 @@ def test_status_as_json_has_every_field_of_adapter_memory_and_merged_bytes(monke
     found = json.loads(result.stdout)["cluster"]["workers"][0]["engine"]
     assert found["adapter_memory"] == {name: getattr(MEMORY, name) for name in AdapterMemoryStatus.__slots__}
     assert found["merged_bytes_held"] == 4096
+
+
+def test_status_names_what_an_adapter_was_trained_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    infos = tuple(
+        AdapterInfo(name, AdapterDigest(name), "", 8, (), 0, trained_for=trained_for)
+        for name, trained_for in (("ordinary", None), ("shared", Sharing.EAGER))
+    )
+    found = status_of(EngineStatus(0, 0, 0, 1, 1, 1, (), EngineCounters()))
+    found = replace(found, cluster=replace(found.cluster, adapters=infos))
+    monkeypatch.setattr(ForkKVClient, "status", lambda client: found)
+    shown = " ".join(runner.invoke(cli, ["status"]).stdout.split())
+    assert "adapters: ordinary (rank 8), shared (rank 8, trained for eager)" in shown
+
+
+def test_an_answer_served_unlike_its_adapters_training_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    end = Finished(None, 1, 1, PrefixUsage(), (), 0, 0.0, 0.0)
+    for mismatch in (None, Sharing.EAGER):
+        print_events(iter([replace(end, mismatched_training=mismatch)]))
+        shown = " ".join(capsys.readouterr().err.split())
+        assert ("trained for eager" in shown) is (mismatch is not None)
 
 
 @pytest.mark.parametrize("text", ["planner", "=dir", "planner=", ""])

@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from forkkv_cluster.core.adapter_semantics import write_trained_for
 from forkkv_cluster.core.errors import InvalidArgument, NotFound, Unsupported
+from forkkv_cluster.core.request import Sharing
 from forkkv_cluster.engine.adapters import AdapterSlots, AdapterWeights
 from forkkv_cluster.engine.adapters import load_adapter as load
 from forkkv_cluster.engine.model_loader import load_model
@@ -63,6 +65,17 @@ def test_info_names_rank_targets_and_residual_bytes(load_here: LoadAdapter, tiny
 def test_without_lora_on_k_and_v_there_is_no_residual(load_here: LoadAdapter, tiny_kit: TinyKit) -> None:
     weights = load_here(tiny_kit.adapter_dirs["scout"])
     assert (weights.residual_rank, weights.info.residual_bytes_per_token) == (0, 0)
+
+
+def test_what_it_was_trained_for_is_read_and_no_part_of_its_digest(load_here: LoadAdapter, critic: Path) -> None:
+    ordinary = load_here(critic).info
+    write_trained_for(critic, Sharing.EAGER, {})
+    trained = load_here(critic).info
+    assert (ordinary.trained_for, trained.trained_for, trained.ref.trained_for) == (None, Sharing.EAGER, Sharing.EAGER)
+    assert trained.digest == ordinary.digest
+    (critic / "forkkv.json").write_text("{}")
+    with pytest.raises(InvalidArgument, match=r"forkkv\.json"):
+        load_here(critic)
 
 
 def test_shrinks_are_fused_by_input(load_here: LoadAdapter, tiny_kit: TinyKit) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from forkkv_cluster.core.adapter_semantics import write_trained_for
 from forkkv_cluster.core.config import parse_config
 from forkkv_cluster.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from forkkv_cluster.core.request import FinishReason, SamplingParams
+from forkkv_cluster.core.request import FinishReason, SamplingParams, Sharing
 from forkkv_cluster.engine.llm import LLM
 from forkkv_cluster.testing.tiny_models import TinyKit
 from tests.engine.test_engine_exactness import CONTEXT, Judge
@@ -197,6 +199,20 @@ def test_a_stop_string_ends_the_text_before_or_after_it(llm: LLM, is_included: b
     assert cut.finish_reason is FinishReason.STOP
     assert cut.text == free.text[: free.text.index(stop)] + ending.replace("STOP", stop)
     assert free.token_ids[: len(cut.token_ids)] == cut.token_ids
+
+
+def test_an_answer_under_another_sharing_than_its_adapter_was_trained_for_says_so(llm: LLM, tiny_kit: TinyKit, tmp_path: Path):
+    directory = Path(shutil.copytree(tiny_kit.adapter_dirs["critic"], tmp_path / "critic"))
+    write_trained_for(directory, Sharing.EAGER, {})
+    llm.load_adapter("trained", directory)
+    said = {}
+    for sharing in ("eager", "residual"):
+        branch = llm.context(CONTEXT, adapters=["trained"], sharing=sharing).fork("b", adapter="trained")
+        said[sharing] = branch.generate([5, 6], max_tokens=1).mismatched_training
+    said["isolated"] = llm.generate([CONTEXT], adapter="trained", max_tokens=1)[0].mismatched_training
+    said["base"] = llm.generate([CONTEXT], max_tokens=1)[0].mismatched_training
+    llm.unload_adapter("trained")
+    assert said == {"eager": None, "residual": Sharing.EAGER, "isolated": Sharing.EAGER, "base": None}
 
 
 def test_prompt_logprobs_have_an_entry_for_every_token_of_the_prompt(llm: LLM):

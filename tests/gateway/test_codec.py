@@ -185,7 +185,9 @@ def test_a_status_comes_back_as_written() -> None:
 
 def test_an_adapter_comes_back_as_written() -> None:
     alora = replace(adapter_info("checker"), invocation_tokens=(5, 6, 5))
-    assert messages.read_adapter(codec.write_adapter(alora)) == alora
+    trained = replace(adapter_info("planner"), trained_for=Sharing.RESIDUAL)
+    for info in (alora, trained):
+        assert messages.read_adapter(codec.write_adapter(info)) == info
 
 
 @pytest.mark.parametrize("state", list(VerdictState))

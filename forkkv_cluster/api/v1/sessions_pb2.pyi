@@ -310,7 +310,7 @@ class TokenDelta(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., worker_id: _Optional[str] = ...) -> None: ...
 
 class TurnFinished(_message.Message):
-    __slots__ = ("finish_reason", "num_prompt_tokens", "num_generated_tokens", "usage", "worker_ids", "num_resumes", "ttft_s", "e2e_s", "is_adapter_inactive", "sharing")
+    __slots__ = ("finish_reason", "num_prompt_tokens", "num_generated_tokens", "usage", "worker_ids", "num_resumes", "ttft_s", "e2e_s", "is_adapter_inactive", "sharing", "mismatched_training")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +321,7 @@ class TurnFinished(_message.Message):
     E2E_S_FIELD_NUMBER: _ClassVar[int]
     IS_ADAPTER_INACTIVE_FIELD_NUMBER: _ClassVar[int]
     SHARING_FIELD_NUMBER: _ClassVar[int]
+    MISMATCHED_TRAINING_FIELD_NUMBER: _ClassVar[int]
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_generated_tokens: int
@@ -331,7 +332,8 @@ class TurnFinished(_message.Message):
     e2e_s: float
     is_adapter_inactive: bool
     sharing: _common_pb2.Sharing
-    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., usage: _Optional[_Union[_common_pb2.PrefixUsage, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ..., num_resumes: _Optional[int] = ..., ttft_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., is_adapter_inactive: _Optional[bool] = ..., sharing: _Optional[_Union[_common_pb2.Sharing, str]] = ...) -> None: ...
+    mismatched_training: _common_pb2.Sharing
+    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., usage: _Optional[_Union[_common_pb2.PrefixUsage, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ..., num_resumes: _Optional[int] = ..., ttft_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., is_adapter_inactive: _Optional[bool] = ..., sharing: _Optional[_Union[_common_pb2.Sharing, str]] = ..., mismatched_training: _Optional[_Union[_common_pb2.Sharing, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "delta", "finished", "error", "prompt_logprobs")
