@@ -49,7 +49,6 @@ def serve_cluster(tiny_kit: TinyKit, tmp_path_factory: pytest.TempPathFactory) -
             "model": {"path": str(tiny_kit.model_dir), "dtype": "float32"},
             "adapters": [{"name": n, "path": str(tiny_kit.adapter_dirs[n])} for n in ("planner", "critic", "coder", "tester")],
             "cache": {"kv_bytes": "32MiB", "page_size": 16},
-            "calibration": {"context_tokens": 32, "min_positions": 400},
             "gateway": {"session_store": f"sqlite:{tmp_path_factory.mktemp('sessions')}/sessions.sqlite"},
             "server": {"http_port": 0, "grpc_port": 0},
         }

@@ -8,10 +8,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
-from forkkv_cluster.client import messages
+from forkkv_cluster.api.v1 import adapters_pb2_grpc, cluster_pb2_grpc, sessions_pb2_grpc
+from forkkv_cluster.client import AsyncForkKVClient, messages
 from forkkv_cluster.core.config import ClusterConfig
 from forkkv_cluster.core.request import AdapterInfo, ContextRequest, GenerateRequest, ModelInfo, Sharing, TokenChunk
 from forkkv_cluster.core.session import BranchSpec, Session
@@ -27,6 +29,7 @@ from forkkv_cluster.gateway.commands import (
     TurnFinished,
 )
 from forkkv_cluster.gateway.service import GatewayService
+from forkkv_cluster.gateway.servicer import GrpcServicer
 from forkkv_cluster.gateway.session_store import MemorySessionStore
 from forkkv_cluster.gateway.tokenization import Tokenization
 from forkkv_cluster.observability.metrics import render
@@ -148,3 +151,47 @@ async def test_an_adapter_is_measured_shared_found_to_drift_and_served_isolated_
     text = render(status, service.metrics)
     assert 'forkkv_adapter_sharing_info{adapter="middle",sharing="isolated",state="demoted"' in text
     assert "forkkv_adapter_demotions_total{" in text
+
+
+@pytest.fixture
+async def client(fidelity_kit: FidelityKit) -> AsyncIterator[AsyncForkKVClient]:
+    """Of a gRPC server over the same service, without Ray."""
+    async for service in serving(fidelity_kit.config(calibration={"min_positions": 200})):
+        servicer = GrpcServicer()
+        servicer.service = service
+        server = grpc.aio.server()
+        sessions_pb2_grpc.add_SessionServiceServicer_to_server(servicer, server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, server)
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with AsyncForkKVClient(f"127.0.0.1:{port}") as client:
+            yield client
+        await server.stop(None)
+
+
+async def test_over_grpc_an_adapter_is_loaded_measured_and_shared_and_another_is_refused(
+    client: AsyncForkKVClient, fidelity_kit: FidelityKit
+) -> None:
+    for name in ("weak", "strong"):
+        loaded = await client.load_adapter(name, str(fidelity_kit.adapters[name]), sharing="auto")
+        assert loaded.sharing is Sharing.AUTO
+    async with asyncio.timeout(300):
+        while True:
+            (worker,) = (await client.status()).cluster.workers
+            verdicts = {info.name: info.verdict for info in worker.engine.adapters if info.verdict is not None}
+            if all(verdict.state is VerdictState.MEASURED for verdict in verdicts.values()):
+                break
+            await asyncio.sleep(0.05)
+    assert [verdicts[name].sharing for name in ("weak", "strong")] == [Sharing.EAGER, Sharing.ISOLATED]
+    assert all(entry.agreement.num_positions >= 200 for verdict in verdicts.values() for entry in verdict.measured)
+    # A gateway may know less for a moment: unloading and loading makes it ask anew, and nothing is measured again.
+    await client.unload_adapter("weak")
+    await client.load_adapter("weak", str(fidelity_kit.adapters["weak"]), sharing="auto")
+    assert {info.name: info.verdict for info in await client.list_adapters()} == verdicts
+    session = await client.create_session(token_ids=CONTEXT, adapters=["weak", "strong"], sharing="auto")
+    weak, strong = await session.fork([BranchSpec("w", "weak"), BranchSpec("s", "strong")])
+    ends = [(await branch.generate(token_ids=[5, 6, 7], max_tokens=4)).finished.sharing for branch in (weak, strong)]
+    assert ends == [Sharing.EAGER, Sharing.ISOLATED]
+    (counters,) = [worker.engine.counters for worker in (await client.status()).cluster.workers]
+    assert counters.calibrations == 2
