@@ -2,7 +2,8 @@
 
 Order of a step: running decodes, then prompts under way in chunks, by priority and by what their tenant has had, then
 admissions, all within ``max_num_batched_tokens``. Prompts under way come first because those that wait may share their
-prefix: started beside one another, 16 agents over one context ran 32,000 prompt tokens in place of 5,120.
+prefix: started beside one another, 16 agents over one context ran 32,000 prompt tokens in place of 5,120. So what waits goes
+before prompts of a lower priority only where nothing under way computes its prefix.
 While anything decodes, prompts have at most ``max_prefill_tokens_beside_decodes`` of them: the longest that a prompt, of
 whatever length, delays a running decode.
 
@@ -27,6 +28,7 @@ from forkkv_cluster.engine.context_planner import PassPlan, match_needs, next_pa
 from forkkv_cluster.engine.fair_queue import FairQueue
 from forkkv_cluster.engine.retry_hint import RetryHint
 from forkkv_cluster.engine.sequence import ContextNeeds, ContextPass, Demand, Runnable, Scheduled, Turn, Waiting, note_match
+from forkkv_cluster.engine.shared_prefix import is_computing_prefix_of
 from forkkv_cluster.engine.slot_claims import SlotClaims
 from forkkv_cluster.engine.step_plan import Outcome, StepPlan
 
@@ -155,7 +157,11 @@ class Scheduler:
         return sorted(prefills, key=lambda item: (item.order[0], self._queue.served(item.tenant), item.order[1]))
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
+        level: int | None = None
         for item in self._prefills(plan):
+            if item.order[0] != level:
+                level = item.order[0]
+                budget = self._admit(plan, budget, better_than=level)
             if budget <= 0:
                 break
             budget -= self._schedule_chunk(plan, item, budget)
@@ -186,21 +192,32 @@ class Scheduler:
 
     # --- admission --------------------------------------------------------------------------------------------------
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
+    def _admit(self, plan: StepPlan, budget: int, better_than: int | None = None) -> int:
+        """Start what may start within ``budget`` tokens; returns what is left of them. ``better_than``: only requests of a
+        better priority than this one, and of those none whose prefix is being computed."""
+        if better_than is not None and not self._queue.has_better(better_than):
+            return budget
         self._claims.begin_admission()
         for entry in self._queue.candidates():
             if budget <= 0 or len(self._running) >= self._config.max_num_seqs:
-                return
+                break
+            if better_than is not None and entry.order[0] >= better_than:
+                break
+            if better_than is not None and any(is_computing_prefix_of(item, entry) for item in self._running):
+                plan.held.add(entry.request_id)
+            if entry.request_id in plan.held:
+                continue
             started = self._start(entry, plan)
             if started is Outcome.NO_ROOM:
                 self._claims.let_go(entry)
-                return
+                break
             if started is Outcome.NO_SLOT:
                 self._claims.note_no_slot(entry)
             elif isinstance(started, Turn | ContextPass):
                 self._claims.note_start(started.claim)
                 self._running.append(started)
                 budget -= self._schedule_chunk(plan, started, budget)
+        return budget
 
     def _start(self, entry: Waiting, plan: StepPlan) -> Runnable | Outcome:
         """What to run for ``entry`` now: itself, or a pass that it needs."""
