@@ -143,13 +143,18 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.fake.step()
 
-    @rule(data=st.data(), adapters=st.lists(st.sampled_from(["a8", "b8", "c16"]), min_size=1, max_size=3))
-    def ask_for_long_answers(self, data: st.DataObject, adapters: list[str]) -> None:
-        """Over one context, whose whole K is worth making then."""
+    @rule(
+        data=st.data(),
+        adapters=st.lists(st.sampled_from(["a8", "b8", "c16"]), min_size=1, max_size=3),
+        own=st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    )
+    def ask_for_long_answers(self, data: st.DataObject, adapters: list[str], own: list[int]) -> None:
+        """Over one context, whose whole K is worth making then; where ``own`` takes several steps, those before the last have
+        no logits and leave it half made."""
         context = data.draw(st.sampled_from(self.contexts))
-        for number, adapter in enumerate(adapters):
-            expected = expected_tokens(context, [number], adapter, "eager", 12, vocab_size=97)
-            self._add(self.fake.request(context, [number], adapter, "eager", max_tokens=12, declared=adapters), expected)
+        for adapter in adapters:
+            expected = expected_tokens(context, own, adapter, "eager", 12, vocab_size=97)
+            self._add(self.fake.request(context, own, adapter, "eager", max_tokens=12, declared=adapters), expected)
 
     @rule(count=st.integers(1, 60))
     def evict_what_nobody_uses(self, count: int) -> None:
