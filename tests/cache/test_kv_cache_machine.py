@@ -147,7 +147,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         if is_room:
             while self.world.kv.tree.evict_oldest():
                 pass
-            branch = Branch(pick(data, self.contexts), (1,), data.draw(st.sampled_from(["a", "b", "c"])))
+            adapter, namespace = data.draw(st.sampled_from(["a", "b", "c"])), data.draw(st.sampled_from(["tenant", "rival"]))
+            branch = Branch(pick(data, self.contexts), (1,), adapter, namespace=namespace)
             if len(self.world.turns) < MAX_RUNNING and self.world.prepare(branch):
                 self.world.open_turn(branch, room=4)
         if not self.world.turns:
