@@ -39,8 +39,8 @@ RULES: dict[str, set[str]] = {
     | WIRE
     | {"api", "directory.client", "directory.mirror", "observability", "ray", "fastapi", "starlette", "redis", "transformers"},
     "observability": {"core", "prometheus_client"},
-    # Fakes implement the engine's facade; the tiny model kit writes real checkpoints.
-    "testing": PURE | {"engine", "torch", "transformers", "peft", "tokenizers", "safetensors"},
+    # Fakes implement the engine's facade and lay KV memory out as the cache does; the tiny model kit writes real checkpoints.
+    "testing": PURE | {"cache", "engine", "torch", "transformers", "peft", "tokenizers", "safetensors"},
     "bench": PURE | TERMINAL | {"client", "engine", "testing"},
     # They time the bookkeeping itself, which an engine hides.
     "bench.cache_bench": PURE | {"cache"},

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from tests.cache.test_dual_radix_tree import TreeMachine
 from tests.cache.test_kv_cache_machine import KVCacheMachine
+from tests.cache.test_merged_keys_machine import MergedKeysMachine
 from tests.cache.test_page_pool import PagePoolMachine
 from tests.directory.test_index import IndexAgainstNaiveModel
 from tests.engine.test_scheduler_machine import EngineMachine
@@ -25,10 +26,10 @@ LONG = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-MACHINES = (TreeMachine, PagePoolMachine, KVCacheMachine, EngineMachine, IndexAgainstNaiveModel)
+MACHINES = (TreeMachine, PagePoolMachine, MergedKeysMachine, KVCacheMachine, EngineMachine, IndexAgainstNaiveModel)
 
 
-@pytest.mark.parametrize("machine", MACHINES[:4], ids=lambda machine: machine.__name__)
+@pytest.mark.parametrize("machine", MACHINES[:5], ids=lambda machine: machine.__name__)
 def test_the_ordinary_run_takes_thousands_of_steps_and_the_same_ones_each_time(machine: type[RuleBasedStateMachine]) -> None:
     profile = machine.TestCase.settings
     assert profile.max_examples * profile.stateful_step_count >= 4500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from typing import Annotated
 
@@ -14,14 +15,20 @@ from rich.table import Table
 from forkkv_cluster.cli.common import DEFAULT_ADDRESS, Address, Token, errors_for_people, size
 from forkkv_cluster.client import ForkKVClient, Status
 from forkkv_cluster.core.request import AdapterInfo
-from forkkv_cluster.core.status import EngineStatus
+from forkkv_cluster.core.status import ClusterStatus, EngineStatus
 from forkkv_cluster.core.verdict import VerdictState
+
+MAX_ADAPTERS = 16
+"""Adapters that are named without ``--all``."""
 
 
 def status(
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Name every adapter, not only those in use: resident ones, and who holds most KV.")
+    ] = False,
 ) -> None:
     """Show the model, every worker with its KV memory, whose it is and what sharing saves, where adapters are, sessions."""
     with errors_for_people(), ForkKVClient(address, token=token, timeout_s=10.0) as client:
@@ -37,6 +44,7 @@ def status(
     if any(is_told(info) for info in found.cluster.adapters):
         console.print(sharing_table(found))
     console.print(_footer(found))
+    console.print(adapters_line(found.cluster, None if show_all else MAX_ADAPTERS))
 
 
 def _headline(found: Status) -> str:
@@ -156,11 +164,6 @@ def _largest(engine: EngineStatus, kind: str, limit: int = 3) -> str:
     return ", ".join([*named, *([f"{len(held) - limit} more"] if len(held) > limit else [])]) or "none"
 
 
-def _adapter(info: AdapterInfo) -> str:
-    trained = f", trained for {info.trained_for}" if info.trained_for is not None else ""
-    return f"{info.name} (rank {info.lora_rank}{trained})"
-
-
 def _footer(found: Status) -> str:
     cluster, directory = found.cluster, found.cluster.directory
     known = (
@@ -169,5 +172,33 @@ def _footer(found: Status) -> str:
         if directory is not None
         else "[yellow]directory away: routing goes on from the gateway's mirror[/]"
     )
-    adapters = ", ".join(_adapter(info) for info in cluster.adapters) or "none"
-    return f"{known} · {cluster.num_sessions} sessions, {cluster.num_branches} branches\nadapters: {adapters}"
+    return f"{known} · {cluster.num_sessions} sessions, {cluster.num_branches} branches"
+
+
+def adapters_line(cluster: ClusterStatus, limit: int | None) -> str:
+    """The registered adapters by name: at most ``limit``, unless None, of those whose weights are on some worker's device or
+    which hold KV, who holds most first, and how many more there are. All where they are no more than ``limit``."""
+    engines = [worker.engine for worker in cluster.workers]
+    resident = {info.name for engine in engines for info in engine.adapters if info.is_resident}
+    held: Counter[str] = Counter()
+    for engine in engines:
+        held.update({holding.name: holding.num_bytes for holding in engine.holdings if holding.kind == "adapter"})
+
+    def rank(info: AdapterInfo) -> tuple[int, bool, str]:
+        return -held[info.name], info.name not in resident, info.name
+
+    shown = sorted(cluster.adapters, key=rank)
+    if limit is not None and len(shown) > limit:
+        shown = [info for info in shown if held[info.name] or info.name in resident][:limit]
+    facts = (
+        [f"rank {info.lora_rank}", *([f"trained for {info.trained_for}"] if info.trained_for is not None else [])]
+        + ["resident"] * (info.name in resident)
+        + [size(held[info.name])] * (held[info.name] > 0)
+        for info in shown
+    )
+    named = [f"{info.name} ({', '.join(known)})" for info, known in zip(shown, facts, strict=True)]
+    num_more = len(cluster.adapters) - len(shown)
+    if num_more:
+        left = sum(info.name in resident for info in cluster.adapters) - sum(info.name in resident for info in shown)
+        named.append(f"{num_more} more, {left} of them resident (--all names them)")
+    return f"adapters: {', '.join(named) or 'none'}"

@@ -51,6 +51,7 @@ _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("monteclora_config", (None,), "MonteCLoRA"),
 )
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # they leave the base weights alone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,6 +162,7 @@ def load_adapter(
     directory = Path(path)
     config = read_json(directory / CONFIG_FILE)
     _refuse_variants(config)
+    _check_patterns(config)
     invocation_tokens = _invocation_tokens(config, model.vocab_size)
     factors = _read_factors(directory / WEIGHTS_FILE, config, model, dtype, device)
     norms = zip(range(model.num_layers), k_norms if model.qk_norm else [None] * model.num_layers, strict=True)
@@ -206,6 +208,25 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         raise Unsupported("init_lora_weights", init, "changes the base weights, so the base cannot be shared",
                           "Convert it to plain LoRA (PEFT: path_initial_model_for_weight_conversion).")  # fmt: skip
+    if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
+        raise Unsupported("init_lora_weights", init, "is not known here and may change the base weights",
+                          f"Use one of {', '.join(str(known) for known in _PLAIN_INITS[1:])}.")  # fmt: skip
+
+
+def _check_patterns(config: Mapping[str, Any]) -> None:
+    """Both maps from module names, or expressions, to numbers: broken ones are refused before a tensor is read."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise InvalidArgument(key, patterns, "is not a map from module names to numbers", "Mend adapter_config.json.")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(_pattern_of(pattern))
+            except re.error as error:
+                raise InvalidArgument(key, pattern, f"is not a regular expression ({error})",
+                                      "Mend adapter_config.json.") from None  # fmt: skip
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise InvalidArgument(f"{key}[{pattern}]", value, "is not a number", "Mend adapter_config.json.")
 
 
 def _invocation_tokens(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
@@ -308,9 +329,13 @@ def _scaling(module: str, config: Mapping[str, Any], rank: int) -> float:
 def _by_pattern(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's path, as PEFT picks it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_pattern_of(pattern), module):
             return value
     return default
+
+
+def _pattern_of(name: str) -> str:
+    return rf"(.*\.)?({name})$"
 
 
 def _check_targets(path: Path, config: Mapping[str, Any], factors: Mapping[int, Mapping[str, object]]) -> None:

@@ -69,6 +69,10 @@ class FairQueue:
         """Tokens that have run for this tenant, or that it is taken to have had."""
         return self._served.get(tenant, 0)
 
+    def has_better(self, priority: int) -> bool:
+        """Whether anybody waits whose priority is strictly better."""
+        return any(level < priority for level in self._levels)
+
     def candidates(self) -> Iterator[Waiting]:
         """Everybody, who may start first first. The entry just yielded may be removed, and tenants charged, meanwhile."""
         for priority in sorted(self._levels):

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from forkkv_cluster.core.errors import Unsupported
+from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.request import Guide, GuideKind
 from forkkv_cluster.engine.logits_processing import RowMasks
 from forkkv_cluster.engine.sampling_row import SamplingRow
 
 _MAX_MATCHERS = 512
+_NO_TOKEN = "NoExtensionBias"  # llguidance: no token can come next, and the output may not end here either
 # Spaces as json.dumps writes them. Whitespace at will would let a model write it without end.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -47,12 +48,18 @@ class Guides:
         self._progress: OrderedDict[str, _Progress] = OrderedDict()
 
     def check(self, guide: Guide) -> None:
-        """Raises Unsupported, with the reason, for a guide or a tokenizer that llguidance does not take."""
-        self._load_tokenizer()
+        """Raises Unsupported, with the reason, for a guide or a tokenizer that llguidance does not take, and InvalidArgument
+        for a guide that no text satisfies."""
+        tokenizer = self._load_tokenizer()
         try:
-            problem = LLMatcher.validate_grammar(_grammar(guide), self._tokenizer)
+            grammar = _grammar(guide)
+            problem = LLMatcher.validate_grammar(grammar, tokenizer) or _first_token_problem(
+                LLMatcher(tokenizer, grammar, log_level=0)
+            )
         except ValueError as error:
             problem = str(error)
+        if problem == _NO_TOKEN:
+            raise InvalidArgument(guide.kind.value, guide.text, "matches no text", "Mend it, or leave it out.")
         if problem:
             reason = " ".join(problem.split())
             raise Unsupported(guide.kind.value, guide.text, f"cannot be followed ({reason})", "Simplify it.")
@@ -107,6 +114,13 @@ class Guides:
                 problem = f"has no fast tokenizer, which guides need ({str(error).splitlines()[0]})"
                 raise Unsupported("guide", self._directory, problem, "Add tokenizer.json.") from None
         return self._tokenizer
+
+
+def _first_token_problem(matcher: LLMatcher) -> str:
+    """Why no output can begin, as one line; empty when one can. Grammars are built lazily: an expression that matches nothing
+    (a class without characters) is valid, and shows only when its first token is asked for."""
+    matcher.compute_bitmask()
+    return matcher.get_error().splitlines()[0] if matcher.is_error() else ""
 
 
 def _grammar(guide: Guide) -> str:

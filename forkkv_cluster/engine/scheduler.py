@@ -2,7 +2,8 @@
 
 Order of a step: running decodes, then prompts under way in chunks, by priority and by what their tenant has had, then
 admissions, all within ``max_num_batched_tokens``. Prompts under way come first because those that wait may share their
-prefix: started beside one another, 16 agents over one context ran 32,000 prompt tokens in place of 5,120.
+prefix: started beside one another, 16 agents over one context ran 32,000 prompt tokens in place of 5,120. So what waits goes
+before prompts of a lower priority only where nothing under way computes its prefix.
 While anything decodes, prompts have at most ``max_prefill_tokens_beside_decodes`` of them: the longest that a prompt, of
 whatever length, delays a running decode.
 
@@ -40,6 +41,7 @@ from forkkv_cluster.engine.sequence import (
     is_background,
     note_match,
 )
+from forkkv_cluster.engine.shared_prefix import is_computing_prefix_of
 from forkkv_cluster.engine.slot_claims import SlotClaims
 from forkkv_cluster.engine.step_plan import Outcome, StepPlan
 
@@ -188,7 +190,11 @@ class Scheduler:
         return sorted(prefills, key=lambda item: (item.order[0], self._queue.served(item.tenant), item.order[1]))
 
     def _schedule_prefills(self, plan: StepPlan, budget: int, *, of_background: bool) -> int:
+        level: int | None = None
         for item in self._prefills(plan, of_background=of_background):
+            if not of_background and item.order[0] != level:
+                level = item.order[0]
+                budget, _ = self._admit(plan, budget, of_background=False, better_than=level)
             if budget <= 0:
                 break
             budget -= self._schedule_chunk(plan, item, budget)
@@ -219,12 +225,24 @@ class Scheduler:
 
     # --- admission --------------------------------------------------------------------------------------------------
 
-    def _admit(self, plan: StepPlan, budget: int, *, of_background: bool) -> tuple[int, bool]:
-        """Tokens that are left, and False when somebody waits whom nobody may overtake."""
+    def _admit(self, plan: StepPlan, budget: int, *, of_background: bool, better_than: int | None = None) -> tuple[int, bool]:
+        """Start what may start within ``budget`` tokens. ``better_than``: only requests of a better priority than this one, and
+        of those none whose prefix is being computed.
+
+        Returns tokens that are left, and False when somebody waits whom nobody may overtake.
+        """
+        if better_than is not None and not self._queue.has_better(better_than):
+            return budget, True
         if not of_background:
             self._claims.begin_admission()
         for entry in self._queue.candidates():
             if is_background(entry) != of_background:
+                continue
+            if better_than is not None and entry.order[0] >= better_than:
+                break
+            if better_than is not None and self._is_prefix_computed_for(entry):
+                plan.held.add(entry.request_id)
+            if entry.request_id in plan.held:
                 continue
             if budget <= 0 or not self._has_place(entry):
                 return budget, False
@@ -241,6 +259,9 @@ class Scheduler:
                 self._running.append(started)
                 budget -= self._schedule_chunk(plan, started, budget)
         return budget, True
+
+    def _is_prefix_computed_for(self, entry: Waiting) -> bool:
+        return any(is_computing_prefix_of(item, entry) for item in self._running if not is_background(item))
 
     def _has_place(self, entry: Waiting) -> bool:
         """Whether one more sequence may run, once background has made way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from forkkv_cluster.core.ids import RequestId
 from forkkv_cluster.engine.sequence import Demand, Scheduled, Waiting
 
 
@@ -19,8 +20,10 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True)
 class StepPlan:
-    """Work of one step; context requests that found everything there; requests that cannot go on."""
+    """Work of one step; context requests that found everything there; requests that cannot go on; those that start later, as
+    work of this step computes their prefix."""
 
     work: list[Scheduled] = field(default_factory=list)
     completed: list[Demand] = field(default_factory=list)
     starved: list[Waiting] = field(default_factory=list)
+    held: set[RequestId] = field(default_factory=set)

@@ -3,7 +3,8 @@
 A row's hidden state is a hash of its token, its position, whose LoRA ran on it and every KV value that it attended
 to; what it writes is derived from that state. So the next token depends, through the pages actually read, on the whole
 history of how the context was computed. An oracle can compute the same chain from the semantics alone, without pages,
-chunks or batches.
+chunks or batches. Whole K in borrowed memory (``cache.merged_keys``) records the same: what is kept there for later steps
+must be what the pages still say.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from forkkv_cluster.cache.merged_keys import MergedRun
 from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import AdapterInfo, ModelInfo, TokenLogprob
 from forkkv_cluster.engine.runner import StepResult
 from forkkv_cluster.engine.scores import TokenScores
+from forkkv_cluster.testing.fake_kv_memory import FakeKVMemory
 
 
 def mix(*parts: object) -> str:
@@ -84,16 +87,15 @@ class FakeModelRunner:
     def __init__(self, geometry: Any, *, vocab_size: int = 97, max_model_len: int = 4096, eos: tuple[int, ...] = ()) -> None:
         self.geometry = geometry
         self.info = ModelInfo("fake", "fake-digest", vocab_size, max_model_len, geometry.base_bytes_per_token, "float32", eos)
-        self.base: dict[int, str] = {}
-        self.residuals: dict[tuple[int, int], str] = {}  # (rank class, slot) -> value
         self.num_rows_run = 0
+        self.num_whole_keys_read = 0  # positions that were read from where an earlier step had written them
+        self._kv = FakeKVMemory(geometry)
         self._host: dict[tuple[int | None, int], list[str | None]] = {}  # (page class, host page) -> values by offset
         self.changed_files: dict[str, str] = {}
         self._adapters: dict[int, FakeWeights] = {}
 
     def allocate(self, kv_bytes: int, host_bytes: int = 0) -> None:
-        self.base.clear()
-        self.residuals.clear()
+        self._kv = FakeKVMemory(self.geometry)
         self._host.clear()
 
     def read_adapter(self, name: str, path: str) -> FakeWeights:
@@ -132,20 +134,12 @@ class FakeModelRunner:
         for swap in batch.swap_outs:
             for page, host_page in zip(swap.device_pages.tolist(), swap.host_pages.tolist(), strict=True):
                 slots = range(page * size, (page + 1) * size)
-                self._host[swap.page_class, host_page] = [self._pop(swap.page_class, slot) for slot in slots]
+                self._host[swap.page_class, host_page] = [self._kv.pop(swap.page_class, slot) for slot in slots]
         for swap in batch.swap_ins:
             for page, host_page in zip(swap.device_pages.tolist(), swap.host_pages.tolist(), strict=True):
                 for offset, value in enumerate(self._host.pop((swap.page_class, host_page))):
-                    self._put(swap.page_class, page * size + offset, value)
-
-    def _pop(self, page_class: int | None, slot: int) -> str | None:
-        return self.base.pop(slot, None) if page_class is None else self.residuals.pop((page_class, slot), None)
-
-    def _put(self, page_class: int | None, slot: int, value: str | None) -> None:
-        if value is not None and page_class is None:
-            self.base[slot] = value
-        elif value is not None and page_class is not None:
-            self.residuals[page_class, slot] = value
+                    if value is not None:
+                        self._kv.write(swap.page_class, page * size + offset, value)
 
     def run(self, batch: Any, sampling: Sequence[tuple[Any, int]]) -> StepResult:
         """Run the rows one by one, in the order of their positions within each span.
@@ -157,13 +151,31 @@ class FakeModelRunner:
         self.num_rows_run += batch.num_rows
         active = {row: s.adapter_slot for s in batch.lora_segments for row in range(s.row_start, s.row_end)}
         hidden: dict[int, str] = {}
+        written: set[MergedRun] = set()
+        # The last layer of a step that nobody reads anything of stops before its attention.
+        has_output = bool(len(batch.logit_rows) or len(batch.scored_rows))
         for span in batch.attention:
+            self._attend_whole_keys(span, written, has_output)
             for row in range(span.row_start, span.row_end):
                 hidden[row] = self._run_row(batch, span, row, active)
         tokens = [FakeSample(next_token(hidden[int(row)], self.info.vocab_size), None) for row in batch.logit_rows]
         scored = zip(batch.scored_rows, batch.scored_tokens, strict=True)
         logprobs = [fake_logprob(hidden[int(row)], int(token)) for row, token in scored]
         return StepResult(tokens, _scores(logprobs))
+
+    def _attend_whole_keys(self, span: Any, written: set[MergedRun], has_output: bool) -> None:
+        """Write the span's whole K, if it is to be written and no other span of this step has, and read it."""
+        read = span.residual
+        use = read.merged_keys if read is not None else None
+        if use is None:
+            return
+        values = [self._read(span, position) for position in range(min(read.num_tokens, span.kv_len))]
+        if not use.is_written and use.run not in written:
+            self._kv.write_whole_keys(use.run, values, is_complete=has_output)
+            written.add(use.run)
+        for position, value in enumerate(values):
+            self._kv.check_whole_key(use.run, position, value, needs_all_layers=has_output)
+        self.num_whole_keys_read += len(values) if use.is_written else 0
 
     def _run_row(self, batch: Any, span: Any, row: int, active: dict[int, int]) -> str:
         position = int(batch.positions[row])
@@ -172,29 +184,29 @@ class FakeModelRunner:
         state = hidden_state(int(batch.token_ids[row]), position, adapter, attended)
         for where in (batch.base_rows == row).nonzero()[0]:
             merged = None if row in batch.plain_rows else adapter
-            self.base[int(batch.base_slots[where])] = base_value(state, merged)
+            self._kv.write(None, int(batch.base_slots[where]), base_value(state, merged))
         for write in batch.residual_writes:
             target = self._adapters[write.adapter_slot]
             for where in (write.rows == row).nonzero()[0]:
-                key = (self.geometry.rank_class(target.residual_rank), int(write.slots[where]))
-                self.residuals[key] = residual_value(state, target.info.digest)
+                rank_class = self.geometry.rank_class(target.residual_rank)
+                self._kv.write(rank_class, int(write.slots[where]), residual_value(state, target.info.digest))
         return state
 
     def _read(self, span: Any, position: int) -> str:
         size = self.geometry.page_size
-        base = self.base[int(span.pages[position // size]) * size + position % size]
+        base = self._kv.read(None, int(span.pages[position // size]) * size + position % size)
         read = span.residual
         if read is None or position >= read.num_tokens:
             return base
         rank_class = self.geometry.rank_class(self._adapters[read.adapter_slot].residual_rank)
         slot = int(read.pages[position // size]) * size + position % size
-        return read_value(base, self.residuals[rank_class, slot])
+        return read_value(base, self._kv.read(rank_class, slot))
 
     def _copy_tail(self, copy: Any) -> None:
         size = self.geometry.page_size
         for offset in range(copy.num_tokens):
-            value = self.base[copy.source_page * size + offset]
+            value = self._kv.read(None, copy.source_page * size + offset)
             if copy.adapter_slot is not None:
                 rank_class = self.geometry.rank_class(self._adapters[copy.adapter_slot].residual_rank)
-                value = read_value(value, self.residuals[rank_class, copy.residual_page * size + offset])
-            self.base[copy.target_page * size + offset] = value
+                value = read_value(value, self._kv.read(rank_class, copy.residual_page * size + offset))
+            self._kv.write(None, copy.target_page * size + offset, value)

@@ -164,9 +164,11 @@ class Directory:
 class World:
     """Runs passes and turns over one manager, checking every read and every write."""
 
-    def __init__(self, page_size: int = 4, num_slabs: int = 64, num_host_slabs: int = 0) -> None:
+    def __init__(
+        self, page_size: int = 4, num_slabs: int = 64, num_host_slabs: int = 0, rank_classes: tuple[int, ...] = (8, 16)
+    ) -> None:
         # 24 elements a base row and classes 8 and 16: a slab holds 2 base pages, or 6, or 3 residual pages.
-        self.geometry = KVGeometry(1, 2, 12, page_size, 4, rank_classes=(8, 16))
+        self.geometry = KVGeometry(1, 2, 12, page_size, 4, rank_classes=rank_classes)
         self.page_size = page_size
         slab_bytes = self.geometry.slab_bytes
         self.manager = KVCacheManager(self.geometry, num_slabs * slab_bytes, num_host_slabs * slab_bytes)
@@ -181,6 +183,7 @@ class World:
             self.kv.host.pool = self.host_pool
         self.passes: list[Pass] = []
         self.turns: list[Turn] = []
+        self.num_whole_keys_read = 0  # runs that were read where an earlier step had written them
         self.directory = Directory()
 
     # --- checks -----------------------------------------------------------------------------------------------------
@@ -417,14 +420,34 @@ class World:
         turn.computed = end
         self.manager.commit(lease, end)
 
-    def use_merged_keys(self, turn: Turn) -> None:
-        """A step of the turn reads its adapter's whole K, if it has one and there is memory for it."""
+    def attend(self, turns: Sequence[Turn], *, is_finished: bool = True) -> None:
+        """A step in which these turns attend, through whole K where there is any or memory for it. What is said to be written
+        must be there; the rest is written, but for the last layer of a step that is not ``is_finished``."""
         self.manager.start_merged_step()
-        self.manager.use_merged_keys(turn.lease, is_worth_making=True)
-        use = turn.lease.merged_keys
-        if use is not None:
-            assert use.run.num_tokens == len(turn.lease.residual_pages) * self.page_size
-        self.manager.note_merged_keys_written()
+        for turn in turns:
+            self.manager.use_merged_keys(turn.lease, is_worth_making=True)
+        self.swap()
+        for turn in turns:
+            use, expected = turn.lease.merged_keys, self._whole_keys(turn)
+            if use is None:
+                continue
+            assert use.run.num_tokens == len(expected)
+            if use.is_written:
+                self.num_whole_keys_read += 1
+            else:
+                self.physical.write_whole_keys(use.run, expected if is_finished else [("half", c) for c in expected])
+            if is_finished:
+                assert self.physical.read_whole_keys(use.run) == expected
+        if is_finished:
+            self.manager.note_merged_keys_written()
+
+    def _whole_keys(self, turn: Turn) -> tuple[Content, ...]:
+        """What whole K of the turn's adapter is made of, by position, from the semantics alone."""
+        branch, num_tokens = turn.branch, len(turn.lease.residual_pages) * self.page_size
+        return tuple(
+            merged(branch.context_content(position), branch.context_content(position, branch.residual))
+            for position in range(num_tokens)
+        )
 
     def generate(self, turn: Turn, token: int) -> bool:
         """One more token; False, and the turn is preempted, when there is no page for it."""

@@ -1,12 +1,15 @@
 """KV memory as a device has it: what every element of the arena holds, so that a page served wrongly reads wrong.
 
 The arena's layout (``cache.geometry``) is honoured: pages of different classes are views of the same elements, so two
-pages that overlap destroy each other here as they would on a device.
+pages that overlap destroy each other here as they would on a device. So do a page and whole K in the same slabs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from forkkv_cluster.cache.geometry import KVGeometry
+from forkkv_cluster.cache.merged_keys import MergedRun, whole_key_blocks
 from forkkv_cluster.cache.page_pool import PageClass, PagePool
 
 Content = tuple[object, ...]
@@ -16,15 +19,35 @@ _UNIT = 8  # elements; divides every page width used in these tests
 
 
 class PhysicalMemory:
-    """Contents by unit of the arena (one plane of one layer is enough: all others are addressed alike)."""
+    """Contents by unit of the arena (one plane of one layer is enough for pages: all others are addressed alike). Whole K lies
+    in one plane alone, and in which order is for attention to choose: any write to its memory destroys it as a whole."""
 
     def __init__(self, geometry: KVGeometry) -> None:
         self._geometry = geometry
         self._units: dict[int, Content] = {}
+        self._runs: dict[MergedRun, tuple[Content, ...]] = {}
 
     def write(self, page_class: PageClass, page: int, offset: int, content: Content) -> None:
-        for unit in self._slot(page_class, page, offset):
+        units = self._slot(page_class, page, offset)
+        self._runs = {run: held for run, held in self._runs.items() if not _overlap(self._run(run), units)}
+        for unit in units:
             self._units[unit] = content
+
+    def write_whole_keys(self, run: MergedRun, contents: Sequence[Content]) -> None:
+        """Of positions 0, 1, ..."""
+        units = self._run(run)
+        self._runs = {
+            other: held
+            for other, held in self._runs.items()
+            if other.plane != run.plane or not _overlap(self._run(other), units)
+        }
+        for unit in units:
+            self._units[unit] = ("whole keys",)
+        self._runs[run] = tuple(contents)
+
+    def read_whole_keys(self, run: MergedRun) -> tuple[Content, ...]:
+        """What a run holds of positions 0, 1, ...; nothing once anybody has written there since."""
+        return self._runs.get(run, ())
 
     def read(self, page_class: PageClass, page: int, offset: int) -> Content:
         """What the slot holds; what was never written, freed or half overwritten comes back as such."""
@@ -36,10 +59,19 @@ class PhysicalMemory:
             for unit in self._slot(page_class, page, offset):
                 self._units.pop(unit, None)
 
+    def _run(self, run: MergedRun) -> range:
+        start = run.first_slab * self._geometry.slab_elems
+        width = whole_key_blocks(run.num_tokens) * self._geometry.base_width
+        return range(start // _UNIT, (start + width) // _UNIT)
+
     def _slot(self, page_class: PageClass, page: int, offset: int) -> range:
         width = self._geometry.page_width(page_class)
         start = (page * self._geometry.page_size + offset) * width
         return range(start // _UNIT, (start + width) // _UNIT)
+
+
+def _overlap(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
 
 
 class WatchedPool(PagePool):

@@ -37,9 +37,17 @@ def pick(data: st.DataObject, items: list[Item]) -> Item:
 class KVCacheMachine(RuleBasedStateMachine):
     """``histories``: branches as their last turn left them; the next turn of any of them may come at any time."""
 
-    @initialize(page_size=st.integers(1, 8), num_slabs=st.integers(3, 24), num_host_slabs=st.sampled_from([0, 1, 2, 6, 30]))
-    def start(self, page_size: int, num_slabs: int, num_host_slabs: int) -> None:
+    @initialize(
+        page_size=st.integers(1, 8),
+        num_slabs=st.integers(3, 24),
+        num_host_slabs=st.sampled_from([0, 1, 2, 6, 30]),
+        is_slab_wide=st.booleans(),
+    )
+    def start(self, page_size: int, num_slabs: int, num_host_slabs: int, is_slab_wide: bool) -> None:
+        """Whole K, of 64 tokens at least, finds room where slabs are wide: a few hold it then, and not 32 // page_size."""
         self.world = World(page_size, num_slabs, num_host_slabs)
+        if is_slab_wide:
+            self.world = World(page_size, num_slabs, num_host_slabs, rank_classes=(8, 16, 192))
         self.now_s = 0.0
         self.contexts: list[tuple[int, ...]] = [(0, 1, 0, 0, 1, 0, 1, 1, 0), (0, 1, 0, 0, 1)]
         self.histories: list[Branch] = []
@@ -129,10 +137,25 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     # --- what the engine does ---------------------------------------------------------------------------------------
 
-    @rule()
-    def attend_through_whole_keys(self) -> None:
-        for turn in self.world.turns:
-            self.world.use_merged_keys(turn)
+    @rule(data=st.data(), is_room=st.booleans(), are_finished=st.lists(st.booleans(), min_size=1, max_size=3))
+    def attend_through_whole_keys(self, data: st.DataObject, is_room: bool, are_finished: list[bool]) -> None:
+        """Some turns in one step, in the next perhaps others; a step without logits ends before its last layer's attention.
+
+        Whole K borrows free slabs, and a pool full of cached pages has none: in half of the cases they are evicted before, and
+        a turn is opened that can have whole K.
+        """
+        if is_room:
+            while self.world.kv.tree.evict_oldest():
+                pass
+            adapter, namespace = data.draw(st.sampled_from(["a", "b", "c"])), data.draw(st.sampled_from(["tenant", "rival"]))
+            branch = Branch(pick(data, self.contexts), (1,), adapter, namespace=namespace)
+            if len(self.world.turns) < MAX_RUNNING and self.world.prepare(branch):
+                self.world.open_turn(branch, room=4)
+        if not self.world.turns:
+            return
+        for is_finished in are_finished:
+            numbers = data.draw(st.sets(st.integers(0, len(self.world.turns) - 1), min_size=1))
+            self.world.attend([self.world.turns[number] for number in sorted(numbers)], is_finished=is_finished)
 
     @rule(count=st.integers(1, 12))
     def others_need_memory(self, count: int) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from forkkv_cluster.__main__ import banner, cli, merged_config, parse_adapter
 from forkkv_cluster.cli.adapters import described
 from forkkv_cluster.cli.generate import _print as print_events
-from forkkv_cluster.cli.status import adapter_table, memory_table, sharing_table, worker_table
+from forkkv_cluster.cli.status import adapter_table, adapters_line, memory_table, sharing_table, worker_table
 from forkkv_cluster.client import Finished, ForkKVClient, Status
 from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.config import ClusterConfig, parse_config
@@ -184,6 +184,47 @@ def test_an_answer_served_unlike_its_adapters_training_is_marked(capsys: pytest.
         print_events(iter([replace(end, mismatched_training=mismatch)]))
         shown = " ".join(capsys.readouterr().err.split())
         assert ("trained for eager" in shown) is (mismatch is not None)
+
+
+def many_adapters(num_adapters: int, resident: set[int], held: dict[int, int]) -> ClusterStatus:
+    """Adapters a0000, a0001, ... on one worker."""
+    infos = tuple(
+        AdapterInfo(f"a{i:04}", AdapterDigest(f"d{i}"), "dir", 8, ("k_proj",), 64, is_resident=i in resident)
+        for i in range(num_adapters)
+    )
+    holdings = tuple(Holding("adapter", f"a{i:04}", num_bytes) for i, num_bytes in held.items())
+    engine = EngineStatus(0, 0, 0, 1, 1, 1, (), EngineCounters(), adapters=infos, holdings=holdings)
+    return replace(status_of(engine).cluster, adapters=infos)
+
+
+def test_status_names_resident_and_busy_adapters_of_a_thousand_and_counts_the_rest() -> None:
+    cluster = many_adapters(1000, resident={3, 700}, held={700: 2048, 12: 4096})
+    assert adapters_line(cluster, 16) == (
+        "adapters: a0012 (rank 8, 4.0 KiB), a0700 (rank 8, resident, 2.0 KiB), a0003 (rank 8, resident), "
+        "997 more, 0 of them resident (--all names them)"
+    )
+
+
+def test_status_says_how_many_resident_adapters_it_leaves_out() -> None:
+    line = adapters_line(many_adapters(1000, resident=set(range(64)), held={}), 16)
+    assert line.count("(rank 8, resident)") == 16
+    assert line.endswith("984 more, 48 of them resident (--all names them)")
+
+
+@pytest.mark.parametrize(("num_adapters", "limit"), [(1000, None), (16, 16)])
+def test_status_names_all_adapters_when_asked_or_when_they_are_few(num_adapters: int, limit: int | None) -> None:
+    line = adapters_line(many_adapters(num_adapters, resident={1}, held={}), limit)
+    assert line.startswith("adapters: a0001 (rank 8, resident), a0000 (rank 8), ")
+    assert (line.count("(rank 8"), "more" in line) == (num_adapters, False)
+
+
+@pytest.mark.parametrize("options", [[], ["--all"], ["--json"]])
+def test_all_and_json_leave_no_adapter_out(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    cluster = many_adapters(100, resident={1}, held={})
+    found = Status(cluster, cluster.workers[0].model)
+    monkeypatch.setattr(ForkKVClient, "status", lambda client: found)
+    output = runner.invoke(cli, ["status", *options], env={"COLUMNS": "200"}).stdout
+    assert all(f"a{i:04}" in output for i in range(100)) == bool(options)
 
 
 @pytest.mark.parametrize("text", ["planner", "=dir", "planner=", ""])

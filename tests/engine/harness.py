@@ -45,11 +45,14 @@ class FakeEngine:
         max_device_adapters: int = 8,
         host_bytes: int = 1000,
         load_delay: int = 0,
+        rank_classes: tuple[int, ...] = (8, 16),
+        merged_share: float = 0.5,
         **scheduler: int,
     ) -> None:
         """``host_bytes`` are for adapters, of which each weighs 100, ``num_host_slabs`` for KV. ``load_delay``: steps that a
-        read from disk takes."""
-        geometry = KVGeometry(2, 2, 8, page_size, 4, rank_classes=(8, 16))
+        read from disk takes. A base row is 16 elements wide, and so is a slab, or as the largest of ``rank_classes``: whole K,
+        which takes 64 tokens at least, then borrows fewer slabs."""
+        geometry = KVGeometry(2, 2, 8, page_size, 4, rank_classes=rank_classes)
         self.page_size = page_size
         self.runner = FakeModelRunner(geometry, eos=eos)
         self.clock = ManualClock()
@@ -60,6 +63,7 @@ class FakeEngine:
             config,
             self.clock,
             host_bytes=num_host_slabs * geometry.slab_bytes,
+            merged_share=merged_share,
             adapter_memory=AdapterMemoryConfig(max_device_adapters=max_device_adapters, host_bytes=host_bytes),
             adapter_loader=ManualLoader(self.runner.read_adapter, load_delay),
         )

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full-path": {"target_modules": ["model.layers.0.self_attn.v_proj"]},
     "bias": {"lora_bias": True, "target_modules": ALL},
     "bias-on-k-in-one-layer": {"lora_bias": True, "target_modules": r".*layers\.1\..*k_proj"},
+    "mica": {"init_lora_weights": "mica"},  # B from the base's singular vectors; the base itself stays as it is
     "bias-and-other-ranks": {"lora_bias": True, "rank_pattern": {"v_proj": 3}, "layers_to_transform": [0, 3]},
 }
 KNOWN_TO_THE_ORACLE = [name for name in VARIANTS if name not in ("rslora", "alpha-pattern")]
@@ -50,7 +51,11 @@ def make(model_dir: Path, directory: Path, options: dict[str, Any]) -> Path:
     config = LoraConfig(
         **({"r": 8, "lora_alpha": 2, "target_modules": QKV, "init_lora_weights": False} | options)  # type: ignore[arg-type]
     )
-    get_peft_model(base, config).save_pretrained(str(directory), save_embedding_layers=False)
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and not parameter.any():  # as training would have changed it
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(str(directory), save_embedding_layers=False)
     return directory
 
 

@@ -104,12 +104,33 @@ def test_the_digest_follows_the_content_not_the_place(load_here: LoadAdapter, ti
         ("use_qalora", True),
         ("layer_replication", [[0, 2]]),
         ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "PiSSA"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "of-a-later-peft"),
+        ("init_lora_weights", 3),
         ("peft_type", "LOHA"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(load_here: LoadAdapter, critic: Path, field: str, value: object) -> None:
     edit_config(critic, **{field: value})
     with pytest.raises(Unsupported, match=field):
+        load_here(critic)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ({"q_proj": 16, "k_proj(": 16}, r"='k_proj\(': is not a regular expression"),
+        ({"*": 16}, r"='\*': is not a regular expression"),
+        ({"k_proj": "16"}, r"\[k_proj\]='16': is not a number"),
+        (["k_proj"], r"=\['k_proj'\]: is not a map"),
+    ],
+    ids=["open-bracket", "star", "text", "list"],
+)
+def test_a_broken_pattern_is_refused_by_name(load_here: LoadAdapter, critic: Path, key: str, value: object, named: str) -> None:
+    edit_config(critic, **{key: value})
+    with pytest.raises(InvalidArgument, match=f"{key}{named}"):
         load_here(critic)
 
 

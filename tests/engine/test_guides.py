@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from forkkv_cluster.core.errors import Unsupported
+from forkkv_cluster.core.errors import InvalidArgument, Unsupported
 from forkkv_cluster.core.request import FinishReason, Guide, GuideKind, SamplingParams
 from forkkv_cluster.engine.guides import Guides
 from forkkv_cluster.engine.sampling_row import SamplingRow
@@ -95,6 +95,21 @@ def test_a_resumed_sequence_may_say_what_the_first_one_might(tiny_kit: TinyKit, 
 def test_what_cannot_be_followed_is_refused_with_the_reason(engine: TinyEngine, guide: Guide, reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
         engine.add(guided(engine, guide))
+
+
+@pytest.mark.parametrize("text", [r"[^\s\S]", r"a[^\x00-\U0010ffff]", r"(x|y)[^\s\S]z"])
+def test_an_expression_that_matches_no_text_is_refused_by_name(engine: TinyEngine, text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"regex=.*matches no text") as refused:
+        engine.add(guided(engine, Guide(GuideKind.REGEX, text)))
+    assert (refused.value.field, type(refused.value)) == ("regex", InvalidArgument)
+
+
+@pytest.mark.parametrize("text", ["", "(ab)*", r"a|[^\s\S]"])
+def test_an_expression_that_matches_little_is_served(engine: TinyEngine, tokenizer: Any, text: str) -> None:
+    request_id = engine.add(guided(engine, Guide(GuideKind.REGEX, text)))
+    engine.drain()
+    assert request_id not in engine.errors
+    assert re.fullmatch(text, tokenizer.decode(engine.outputs[request_id], skip_special_tokens=True))
 
 
 def test_an_id_that_comes_again_with_another_guide_is_held_to_that_one(tiny_kit: TinyKit, engine: TinyEngine) -> None:

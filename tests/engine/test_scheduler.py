@@ -284,6 +284,105 @@ def test_of_two_prompts_under_way_the_one_of_higher_priority_goes_on_first() -> 
     assert ends == ids[::-1]
 
 
+def busy_with_a_low_prompt(tokens: list[int], num_steps: int = 1) -> FakeEngine:
+    """16 tokens a step; a prompt of low priority has had ``num_steps`` of them."""
+    fake = FakeEngine(num_slabs=400, max_num_batched_tokens=16)
+    fake.add(fake.request([], tokens, None, "isolated", max_tokens=1, tenant="bulk", priority=Priority.LOW))
+    for _ in range(num_steps):
+        fake.step()
+    return fake
+
+
+def prefill_run(fake: FakeEngine) -> int:
+    return fake.engine.status().counters.prefill_tokens_run
+
+
+def test_a_higher_priority_that_waits_goes_before_the_chunks_of_a_lower_one() -> None:
+    fake = busy_with_a_low_prompt(list(range(90)))
+    high = fake.add(fake.request([], [91, 92, 93], None, "isolated", max_tokens=1, tenant="chat", priority=Priority.HIGH))
+    rows = rows_of_steps(fake)
+    fake.step()
+    assert high in fake.last
+    assert rows == [16], "the lower one has what is left of the step"
+
+
+def test_the_same_priority_waits_for_the_prompt_under_way() -> None:
+    fake = busy_with_a_low_prompt(list(range(90)))
+    same = fake.add(fake.request([], [91, 92, 93], None, "isolated", max_tokens=1, priority=Priority.LOW))
+    fake.step()
+    assert same not in fake.last
+
+
+@pytest.mark.parametrize("num_shared", [24, 62, 64])
+def test_a_higher_priority_waits_for_a_prompt_that_computes_its_prefix(num_shared: int) -> None:
+    tokens = [(3 * i) % 97 for i in range(64)]
+    fake = busy_with_a_low_prompt([*tokens, 1])
+    high = fake.add(fake.request([], [*tokens[:num_shared], 2], None, "isolated", max_tokens=1, priority=Priority.HIGH))
+    fake.step()
+    assert high not in fake.last
+    fake.drain()
+    # Of what they share, less than a page of 4 runs again.
+    assert prefill_run(fake) <= len(tokens) + 1 + 4
+
+
+@pytest.mark.parametrize("num_shared", [12, 16])
+def test_a_higher_priority_whose_shared_prefix_is_in_the_cache_does_not_wait(num_shared: int) -> None:
+    tokens = [(3 * i) % 97 for i in range(64)]
+    fake = busy_with_a_low_prompt(tokens)
+    high = fake.add(fake.request([], [*tokens[:num_shared], 2], None, "isolated", max_tokens=1, priority=Priority.HIGH))
+    fake.step()
+    assert high in fake.last
+    fake.drain()
+    assert prefill_run(fake) == len(tokens) + 1
+
+
+@pytest.mark.parametrize("sharing", ["eager", "residual", "base"])
+@pytest.mark.parametrize("is_deeper", [False, True])
+def test_forks_of_a_higher_priority_run_no_token_again_that_a_lower_one_is_computing(sharing: str, is_deeper: bool) -> None:
+    """They wait for the pass over their context, or over the first part of it; a stranger does not."""
+    context = [(3 * i) % 97 for i in range(64)]
+    runs = []
+    for priority in (Priority.LOW, Priority.HIGH):
+        fake = FakeEngine(num_slabs=400, max_num_batched_tokens=16)
+        fake.add(fake.request(context, [1], "a8", sharing, max_tokens=2, declared=["a8", "b8", "c16"], priority=Priority.LOW))
+        fake.step()
+        stranger = None if is_deeper else fake.add(prompt(fake, None, 90, max_tokens=1, priority=Priority.HIGH))
+        tokens = [*context, 5, 5, 5, 5] if is_deeper else context
+        for name in ("a8", "b8", "c16"):
+            fake.add(fake.request(tokens, [2], name, sharing, declared=["a8", "b8", "c16"], priority=priority))
+        fake.step()
+        assert stranger is None or stranger in fake.last
+        fake.drain()
+        runs.append(prefill_run(fake))
+    assert runs[1] == runs[0], "as when they had come with no better priority"
+    if sharing != "residual":  # whose agents each run the context for their own residual
+        assert runs[1] == len(context) + (4 + 4 if is_deeper else 4 + 3)
+
+
+def test_a_pass_for_the_residual_of_another_adapter_holds_up_no_higher_priority() -> None:
+    context = [(3 * i) % 97 for i in range(64)]
+    fake = FakeEngine(num_slabs=400, max_num_batched_tokens=16)
+    fake.run(fake.context_request(context, ["a8"]))
+    fake.add(fake.request(context, [1], "c16", max_tokens=1, priority=Priority.LOW))  # its residual takes a pass of 4 steps
+    fake.step()
+    high = fake.add(fake.request(context, [2], "a8", max_tokens=1, priority=Priority.HIGH))
+    fake.step()
+    assert high in fake.last
+
+
+def test_a_stream_of_lower_priorities_and_one_high_keeps_the_bound_beside_decodes() -> None:
+    fake = FakeEngine(max_num_batched_tokens=16, max_prefill_tokens_beside_decodes=5)
+    fake.add(prompt(fake, None, 1, max_tokens=30))
+    fake.step()
+    fake.add(fake.request([], list(range(20)), None, "isolated", max_tokens=1, priority=Priority.LOW))
+    fake.step()
+    rows = rows_of_steps(fake)
+    fake.add(fake.request([], list(range(50, 62)), None, "isolated", max_tokens=1, priority=Priority.HIGH))
+    for _ in range(3):
+        fake.step()
+    assert rows == [6, 6, 6]
+
+
 def test_without_a_decode_a_prompt_has_the_whole_step() -> None:
     fake = FakeEngine(max_num_batched_tokens=16, max_prefill_tokens_beside_decodes=5)
     rows = rows_of_steps(fake)

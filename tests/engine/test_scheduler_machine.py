@@ -3,7 +3,8 @@
 Random sessions of two tenants over a tiny pool and a small vocabulary (prefixes collide all the time), with context
 passes, forks, turns, joins, cancels, deadlines and adapter reloads; fewer device slots than adapters, a host tier that
 holds some or none of them, reads that take steps, and files that change on disk. Every finished turn must equal the
-page-free recurrence, every request must end, and nothing may be held then.
+page-free recurrence, every request must end, and nothing may be held then. In half of the runs slabs are wide, so that whole
+K finds room and is given back all the time: what the fake reads of it must be what pages say (``fake_kv_memory``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
         num_slabs=st.integers(40, 60),
+        is_slab_wide=st.booleans(),
         num_host_slabs=st.sampled_from([0, 4, 100]),
         batch=st.sampled_from([3, 8, 64]),
         slots=st.sampled_from([1, 2, 4]),
@@ -43,6 +45,7 @@ class EngineMachine(RuleBasedStateMachine):
         self,
         page_size: int,
         num_slabs: int,
+        is_slab_wide: bool,
         num_host_slabs: int,
         batch: int,
         slots: int,
@@ -52,7 +55,9 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         self.fake = FakeEngine(
             page_size=page_size,
-            num_slabs=num_slabs,
+            num_slabs=num_slabs // 3 if is_slab_wide else num_slabs,
+            rank_classes=(8, 16, 128) if is_slab_wide else (8, 16),
+            merged_share=1.0,
             num_host_slabs=num_host_slabs,
             max_device_adapters=slots,
             host_bytes=host_bytes,
@@ -137,6 +142,26 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, count: int) -> None:
         for _ in range(count):
             self.fake.step()
+
+    @rule(
+        data=st.data(),
+        adapters=st.lists(st.sampled_from(["a8", "b8", "c16"]), min_size=1, max_size=3),
+        own=st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    )
+    def ask_for_long_answers(self, data: st.DataObject, adapters: list[str], own: list[int]) -> None:
+        """Over one context, whose whole K is worth making then; where ``own`` takes several steps, those before the last have
+        no logits and leave it half made."""
+        context = data.draw(st.sampled_from(self.contexts))
+        for adapter in adapters:
+            expected = expected_tokens(context, own, adapter, "eager", 12, vocab_size=97)
+            self._add(self.fake.request(context, own, adapter, "eager", max_tokens=12, declared=adapters), expected)
+
+    @rule(count=st.integers(1, 60))
+    def evict_what_nobody_uses(self, count: int) -> None:
+        """Free slabs, which whole K may borrow: a pool full of cached pages has none."""
+        for _ in range(count):
+            self.fake.engine._kv._memory.tree.evict_oldest()
+        self.fake.engine.check_invariants()
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
