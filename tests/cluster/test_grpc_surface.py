@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from safetensors.torch import load_file, save_file
 from forkkv_cluster.app import RunningCluster
 from forkkv_cluster.client import BranchSpec, ForkKVClient
 from forkkv_cluster.core.errors import AlreadyExists, ForkKVError, InvalidArgument, NotFound
+from forkkv_cluster.core.events import BaseStored, EventBatch
+from forkkv_cluster.directory.actor import directory_name
+from forkkv_cluster.directory.changes import Delta
+from forkkv_cluster.directory.client import DirectoryClient
 from forkkv_cluster.testing.tiny_models import TinyKit
 from tests.cluster.helpers import DOCUMENT, address_of_this_machine, eventually, workers
 
@@ -120,14 +125,17 @@ def test_status_adds_up(client: ForkKVClient, serve_cluster: RunningCluster) -> 
             assert pool.num_total == pool.num_free + pool.num_cached + pool.num_pinned
 
 
-def test_the_directory_learns_of_shared_prefixes(client: ForkKVClient) -> None:
+def test_the_directory_learns_of_shared_prefixes(client: ForkKVClient, serve_cluster: RunningCluster) -> None:
     document = "Words that no other test has in its document. " * 20
+    directory = DirectoryClient(directory_name(serve_cluster.config.server.app_name), creates=False)
 
-    def known_blocks() -> int:
-        directory = client.status().cluster.directory
-        return directory.num_base_blocks if directory is not None else 0
+    def stored_since(mark: Delta) -> int:
+        """Base blocks told of: their number in the status does not grow where others are evicted for them."""
+        delta = asyncio.run(directory.deltas(mark.incarnation, mark.version, 0.0))
+        batches = [change for change in delta.changes if isinstance(change, EventBatch)]
+        return sum(len(event.hashes) for batch in batches for event in batch.events if isinstance(event, BaseStored))
 
-    before = known_blocks()
+    mark = asyncio.run(directory.deltas("", 0, 0.0))
     with client.create_session(document, adapters=["planner"]) as session:
-        expected = before + session.info.num_context_tokens // 16
-        eventually(lambda: known_blocks() >= expected, what="blocks in the directory", timeout_s=20.0)
+        expected = session.info.num_context_tokens // 16
+        eventually(lambda: stored_since(mark) >= expected, what="blocks in the directory", timeout_s=20.0)
