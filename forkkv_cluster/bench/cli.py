@@ -114,6 +114,8 @@ def offline(
         measurements = run_offline(kit, repeats, peer_python, lambda name: console.print(name, style="dim", highlight=False))
     except ForkKVError as error:
         _fail(error)
+    except FileExistsError as error:
+        _fail(InvalidArgument("--kit", str(kit), "is not the kit of this benchmark", str(error)))
     if json_path is not None:
         write_json(json_path, measurements, repeats=repeats)
     Console().print(measurement_table("offline: medians", measurements))
