@@ -1,0 +1,1 @@
+"""Training: models and adapters that this repository makes itself."""
