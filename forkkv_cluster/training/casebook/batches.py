@@ -30,6 +30,7 @@ class Bucket:
 
 
 BUCKETS = (
+    Bucket(56, 6, 192),
     Bucket(96, 6, 256),
     Bucket(192, 10, 448),
     Bucket(384, 16, 768),
@@ -37,15 +38,16 @@ BUCKETS = (
     Bucket(1408, 24, 1984),
     Bucket(2304, 28, 2944),
 )
-"""The curriculum, from a dozen facts to several hundred."""
+"""The curriculum, from half a dozen facts to several hundred."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """input_ids [num_rows, row_len] int64, padded at the end; is_answer [num_rows, row_len] bool; the bucket's index."""
+    """input_ids [num_rows, row_len] int64, padded at the end; answer_at [k] int64, positions of the answers' tokens in the
+    flattened input_ids, which are found here and not where it would hold up an accelerator; the bucket's index."""
 
     input_ids: torch.Tensor
-    is_answer: torch.Tensor
+    answer_at: torch.Tensor
     bucket: int
 
 
@@ -59,7 +61,7 @@ def batch_of(rows: list[Sample], row_len: int, pad: int, bucket: int) -> Batch:
         ids[row, :start] = sample.context_ids[:start]
         ids[row, start:end] = sample.branch_ids[: end - start]
         is_answer[row, start:end] = sample.is_answer[: end - start]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(is_answer), bucket)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(np.flatnonzero(is_answer)), bucket)
 
 
 class CasebookBatches(IterableDataset[Batch]):

@@ -34,14 +34,12 @@ def exact_answers(
     per_batch = max(1, _MAX_BATCH_TOKENS // row_len)
     for start in range(0, len(rows), per_batch):
         batch = batch_of(rows[start : start + per_batch], row_len, encoder.pad, 0)
-        ids, is_answer = batch.input_ids.to(device), batch.is_answer.to(device)
-        wanted = torch.zeros_like(is_answer)
-        wanted[:, :-1] = is_answer[:, 1:]
+        ids, answer_at = batch.input_ids.to(device), batch.answer_at.to(device)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            best = logits_of(ids, wanted).argmax(-1)
-        is_right = torch.ones_like(is_answer)
-        is_right[is_answer] = best == ids[is_answer]
-        found += is_right.all(dim=1).tolist()
+            best = logits_of(ids, answer_at - 1).argmax(-1)
+        is_right = torch.ones(len(ids), dtype=torch.bool, device=device)
+        is_right[answer_at[best != ids.flatten()[answer_at]] // row_len] = False
+        found += is_right.tolist()
     return found
 
 

@@ -19,7 +19,7 @@ from forkkv_cluster.training.casebook.batches import BUCKETS, Batch, CasebookBat
 __all__ = ["LogitsOf", "Plan", "Trainer", "answer_logits"]
 
 LogitsOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(input_ids [n, m], wanted [n, m] bool) -> logits [sum(wanted), vocab] of the positions that ``wanted`` names."""
+"""(input_ids [n, m], at [k]) -> logits [k, vocab] of positions in the flattened input_ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,10 @@ class Plan:
 def answer_logits(model: Any) -> LogitsOf:
     """Of a LlamaForCausalLM: only the wanted positions go through the head."""
 
-    def logits_of(input_ids: Tensor, wanted: Tensor) -> Tensor:
+    def logits_of(input_ids: Tensor, at: Tensor) -> Tensor:
         hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return model.lm_head(hidden[wanted])  # type: ignore[no-any-return]
+        logits: Tensor = model.lm_head(hidden.flatten(0, 1)[at])
+        return logits
 
     return logits_of
 
@@ -103,12 +104,10 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         ids = batch.input_ids.to(self.device, non_blocking=True)
-        is_answer = batch.is_answer.to(self.device, non_blocking=True)
-        wanted = torch.zeros_like(is_answer)
-        wanted[:, :-1] = is_answer[:, 1:]  # the position before an answer's token writes it
-        targets = ids[is_answer]
+        answer_at = batch.answer_at.to(self.device, non_blocking=True)
+        targets = ids.flatten()[answer_at]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.logits_of(ids, wanted).float()
+            logits = self.logits_of(ids, answer_at - 1).float()  # the position before writes it
         loss = torch.nn.functional.cross_entropy(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

@@ -1,6 +1,6 @@
 """Train the casebook model: ``python -m forkkv_cluster.training.casebook.train_base --help``.
 
-The curriculum goes from a dozen facts to several hundred (``batches.BUCKETS``): recall is found on short contexts, and then
+The curriculum goes from half a dozen facts to several hundred (``batches.BUCKETS``): recall is found on short contexts, and then
 carried to long ones. Interrupted, the same command goes on from its last checkpoint.
 """
 
@@ -24,7 +24,7 @@ from forkkv_cluster.training.casebook.tokenizer import Encoder, save_tokenizer
 
 MIXTURE = {"lookup": 0.6, "asked_for_json": 0.15, "record": 0.12, "repeat": 0.13}
 """How often each of the base model's roles is asked in training."""
-LENGTHS = (256, 512, 1024, 2048)
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
 
 
 def main(
@@ -46,6 +46,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that draw casebooks; 0: none but this one.")] = 0,
     threads: int = 1,
     num_examples: Annotated[int, typer.Option(help="Held-out examples for each role and length.")] = 200,
+    longest: Annotated[int, typer.Option(help="Longest held-out contexts, in tokens.")] = 2048,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Train on the casebooks of ``seed`` and score on held-out ones."""
@@ -65,7 +66,8 @@ def main(
     dtype = torch.bfloat16 if where.type == "cuda" else None
 
     def evaluate(count: int = 64) -> dict[str, Any]:
-        return held_out_scores(logits_of, encoder, tuple(BASE_ROLES), LENGTHS, count=count, device=where, dtype=dtype)
+        lengths = [length for length in LENGTHS if length <= longest]
+        return held_out_scores(logits_of, encoder, tuple(BASE_ROLES), lengths, count=count, device=where, dtype=dtype)
 
     trainer = Trainer(
         model.parameters(), logits_of, batches, plan, directory, lambda: save_bf16(model, model_dir), where, evaluate
