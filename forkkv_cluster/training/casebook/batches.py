@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from forkkv_cluster.training.casebook.generator import Level
 from forkkv_cluster.training.casebook.samples import Sample, samples
 from forkkv_cluster.training.casebook.tokenizer import Encoder
 
@@ -27,18 +28,22 @@ class Bucket:
     context_tokens: int
     num_turns: int
     row_len: int
+    level: Level
 
 
 BUCKETS = (
-    Bucket(56, 6, 192),
-    Bucket(96, 6, 256),
-    Bucket(192, 10, 448),
-    Bucket(384, 16, 768),
-    Bucket(768, 20, 1280),
-    Bucket(1408, 24, 1984),
-    Bucket(2304, 28, 2944),
+    Bucket(64, 6, 192, Level.PLAIN),
+    Bucket(128, 10, 320, Level.PLAIN),
+    Bucket(128, 8, 320, Level.SAID),
+    Bucket(192, 10, 448, Level.FULL),
+    Bucket(384, 16, 768, Level.FULL),
+    Bucket(768, 20, 1280, Level.FULL),
+    Bucket(1408, 24, 1984, Level.FULL),
+    Bucket(2304, 28, 2944, Level.FULL),
 )
 """The curriculum, from half a dozen facts to several hundred."""
+_MAX_ROWS = 48
+"""Many small steps find recall sooner than few large ones, and short rows are slow to draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class CasebookBatches(IterableDataset[Batch]):
         while True:
             index = self.stage if rng.random() < self._share else rng.randint(0, self.stage)
             row_len = self._row_len(index)
-            rows = [next(streams[index]) for _ in range(max(1, self._batch_tokens // row_len))]
+            rows = [next(streams[index]) for _ in range(min(_MAX_ROWS, max(1, self._batch_tokens // row_len)))]
             yield batch_of(rows, row_len, encoder.pad, index)
 
     def _row_len(self, index: int) -> int:
@@ -119,6 +124,7 @@ class CasebookBatches(IterableDataset[Batch]):
             seed=seed * len(BUCKETS) + index,
             context_tokens=(max(48, bucket.context_tokens // 2), bucket.context_tokens),
             num_turns=self._num_turns or bucket.num_turns,
+            level=bucket.level,
         )
 
 

@@ -10,12 +10,13 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from forkkv_cluster.training.casebook.lexicon import POOLS
 from forkkv_cluster.training.casebook.schema import KINDS, Attribute, Kind, attribute_of
 from forkkv_cluster.training.casebook.split import Split, allowed_values, among
 
-__all__ = ["WORD", "Casebook", "Fact", "build_casebook", "num_words"]
+__all__ = ["WORD", "Casebook", "Fact", "Level", "build_casebook", "num_words"]
 
 WORD = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\n+|\s")
 """The tokenizer's words: of a casebook, each is one token. Spaces belong to the word that follows."""
@@ -38,6 +39,15 @@ _FILLERS = (
 _TITLES = ("Casebook of the northern office.", "Casebook of the county.", "Notes of the registry.", "Casebook of the harbour.")
 _DENSITY = 0.75
 """Share of its attributes that are stated of an entity."""
+
+
+class Level(IntEnum):
+    """How varied a casebook is; training begins with the plainest. PLAIN: homes and jobs of people in canonical sentences, so
+    that only the name tells which value is meant. SAID: everything, each fact said by itself. FULL: all styles."""
+
+    PLAIN = 0
+    SAID = 1
+    FULL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +83,20 @@ def num_words(text: str) -> int:
     return len(WORD.findall(text))
 
 
-def build_casebook(rng: random.Random, max_tokens: int, split: Split = "train") -> Casebook:
+def build_casebook(
+    rng: random.Random, max_tokens: int, split: Split = "train", level: Level = Level.FULL
+) -> Casebook:
     """A casebook of at most ``max_tokens`` tokens (at least 48), and rarely 64 fewer. Raises ValueError below 48."""
     if max_tokens < 48:
         raise ValueError(f"max_tokens {max_tokens} is too short for a casebook: ask for at least 48.")
-    return _Writer(rng, max_tokens, split).write()
+    return _Writer(rng, max_tokens, split, level).write()
 
 
 class _Writer:
     """Writes sections until the next one would not fit."""
 
-    def __init__(self, rng: random.Random, max_tokens: int, split: Split) -> None:
-        self._rng, self._split = rng, split
+    def __init__(self, rng: random.Random, max_tokens: int, split: Split, level: Level) -> None:
+        self._rng, self._split, self._level = rng, split, level
         self._room = max_tokens - 2  # the beginning-of-text token, and one for the end of a section
         self._facts: list[Fact] = []
         self._used: set[str] = set()
@@ -99,7 +111,7 @@ class _Writer:
         weights = [3, 1, 1, 1] if self._rng.random() < 0.7 else [1, 1, 1, 1]
         misses = 0
         while misses < 3:
-            kind = self._rng.choices(KINDS, weights)[0]
+            kind = KINDS[0] if self._level is Level.PLAIN else self._rng.choices(KINDS, weights)[0]
             section = self._section(kind)
             if section:
                 parts.append(section)
@@ -107,8 +119,8 @@ class _Writer:
         return Casebook("\n".join(parts), tuple(self._facts))
 
     def _section(self, kind: Kind) -> str:
-        style = self._rng.choice(_STYLES)
-        names = [name for name in self._rng.sample(POOLS[kind.pool], self._rng.randint(2, 8)) if name not in self._used]
+        style = self._rng.choice(_STYLES) if self._level is Level.FULL else "sentences"
+        names = [name for name in self._rng.sample(POOLS[kind.pool], self._rng.randint(2, min(8, 2 + self._room // 16))) if name not in self._used]
         self._used.update(names)
         drawn = ((name, self._facts_about(kind, name)) for name in names)
         records = [(name, facts) for name, facts in drawn if facts]
@@ -125,7 +137,8 @@ class _Writer:
     def _facts_about(self, kind: Kind, name: str) -> list[Fact]:
         if kind.name == "person":
             self._people.append(name)
-        stated = [a for a in kind.attributes if self._rng.random() < _DENSITY] or [self._rng.choice(kind.attributes)]
+        attributes = kind.attributes[:2] if self._level is Level.PLAIN else kind.attributes
+        stated = [a for a in attributes if self._rng.random() < _DENSITY] or [self._rng.choice(attributes)]
         return [Fact(name, a.name, value) for a in stated if (value := self._value(a, name)) is not None]
 
     def _value(self, attribute: Attribute, name: str) -> str | None:
@@ -154,8 +167,12 @@ class _Writer:
         """One paragraph, each fact a sentence, in any order."""
         facts = [fact for _, record in records for fact in record]
         self._rng.shuffle(facts)
-        said = (fact.put(self._rng.choice(attribute_of(fact.attribute).statements)) + self._filler() for fact in facts)
-        return f"{kind.heading}: {' '.join(said)}"
+        return f"{kind.heading}: {' '.join(self._said(fact) for fact in facts)}"
+
+    def _said(self, fact: Fact) -> str:
+        if self._level is Level.PLAIN:
+            return fact.sentence
+        return fact.put(self._rng.choice(attribute_of(fact.attribute).statements)) + self._filler()
 
     def _register(self, kind: Kind, records: Sequence[tuple[str, list[Fact]]]) -> str:
         lines = (f"* {name}: " + ", ".join(f"{fact.attribute} {fact.value}" for fact in facts) for name, facts in records)

@@ -18,6 +18,9 @@ from forkkv_cluster.training.casebook.batches import BUCKETS, Batch, CasebookBat
 
 __all__ = ["LogitsOf", "Plan", "Trainer", "answer_logits"]
 
+_MIN_VOCABULARY = 2048
+"""A matrix with a longer side is an embedding."""
+
 LogitsOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(input_ids [n, m], at [k]) -> logits [k, vocab] of positions in the flattened input_ids."""
 
@@ -33,9 +36,11 @@ class Plan:
     warmup_steps: int = 300
     decay_share: float = 0.35
     weight_decay: float = 0.02
-    stage_loss: float = 0.12
+    muon: bool = False
+    stage_loss: float = 0.08
     seed: int = 0
     num_workers: int = 0
+    check_every: int = 20
     log_every: int = 100
     checkpoint_every_s: float = 60.0
 
@@ -73,12 +78,14 @@ class Trainer:
         self.parameters = [p for p in self.parameters if p.requires_grad]
         matrices = [p for p in self.parameters if p.dim() >= 2]
         others = [p for p in self.parameters if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.plan.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        is_cuda = self.device.type == "cuda"
-        self._optimizer = torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.98), fused=is_cuda)
+        is_cuda, lr, decay = self.device.type == "cuda", self.plan.lr, self.plan.weight_decay
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if self.plan.muon:
+            hidden = [p for p in matrices if max(p.shape) < _MIN_VOCABULARY]
+            matrices = [p for p in matrices if max(p.shape) >= _MIN_VOCABULARY]
+            self._optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        self._optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=is_cuda))
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -88,8 +95,10 @@ class Trainer:
             if self._progress() >= 1.0:
                 break
             loss, accuracy = self._train(batch)
+            if self.step % self.plan.check_every == 0:
+                self._pass_stage(batch, float(loss))
             if self.step % self.plan.log_every == 0:
-                self._note(batch, loss, accuracy)
+                self._note(batch, float(loss), float(accuracy))
             now = time.monotonic()
             if now - checked > self.plan.checkpoint_every_s:
                 checked = now
@@ -101,8 +110,9 @@ class Trainer:
 
     def _train(self, batch: Batch) -> tuple[Tensor, Tensor]:
         lr = self.plan.lr * self._lr_share()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         ids = batch.input_ids.to(self.device, non_blocking=True)
         answer_at = batch.answer_at.to(self.device, non_blocking=True)
         targets = ids.flatten()[answer_at]
@@ -111,27 +121,29 @@ class Trainer:
         loss = torch.nn.functional.cross_entropy(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += batch.input_ids.numel()
         return loss.detach(), (logits.detach().argmax(-1) == targets).float().mean()
 
-    def _note(self, batch: Batch, loss: Tensor, accuracy: Tensor) -> None:
-        """Log; and pass to the next stage where this batch shows that its bucket is learned."""
-        value = float(loss)
-        if batch.bucket == self.batches.stage and value < self.plan.stage_loss and self.batches.stage < len(BUCKETS) - 1:
+    def _pass_stage(self, batch: Batch, loss: float) -> None:
+        """To the next stage where this batch shows that its bucket is learned."""
+        if batch.bucket == self.batches.stage and loss < self.plan.stage_loss and self.batches.stage < len(BUCKETS) - 1:
             self.batches.stage += 1
+
+    def _note(self, batch: Batch, loss: float, accuracy: float) -> None:
         self._log(
             {
                 "step": self.step,
                 "seconds": round(self._seconds(), 1),
                 "tokens": self.tokens,
-                "lr": self._optimizer.param_groups[0]["lr"],
+                "lr": self._optimizers[0].param_groups[0]["lr"],
                 "stage": self.batches.stage,
                 "context_tokens": BUCKETS[batch.bucket].context_tokens,
-                "loss": round(value, 4),
-                "token_accuracy": round(float(accuracy), 4),
+                "loss": round(loss, 4),
+                "token_accuracy": round(accuracy, 4),
             }
         )
 
@@ -153,7 +165,7 @@ class Trainer:
         self.save()
         state = {
             "parameters": [p.detach().cpu() for p in self.parameters],
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self._seconds(),
@@ -171,7 +183,8 @@ class Trainer:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
         self.batches.reseed(self.step)
         self.batches.stage = state["stage"]

@@ -23,10 +23,11 @@ __all__ = ["ADAPTER_ROLES", "BASE_ROLES", "ROLES", "Turn", "ask", "json_of"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and the one right answer, both without the layout around them."""
+    """A question and the one right answer, both without the layout around them; the facts that the answer tells."""
 
     question: str
     answer: str
+    about: tuple[Fact, ...] = ()
 
 
 Asker: TypeAlias = Callable[[random.Random, Casebook], Turn | None]
@@ -74,17 +75,20 @@ def _draw(rng: random.Random, facts: Sequence[Fact]) -> Fact | None:
 
 def _lookup(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
-    return fact and Turn(_question(rng, fact), fact.sentence)
+    return fact and Turn(_question(rng, fact), fact.sentence, (fact,))
 
 
 def _asked_for_json(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
-    return fact and Turn(f"{_question(rng, fact)} Answer in JSON.", json_of(fact))
+    return fact and Turn(f"{_question(rng, fact)} Answer in JSON.", json_of(fact), (fact,))
 
 
 def _record(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
-    return fact and Turn(f"What is said of {_named(fact)}?", " ".join(other.sentence for other in book.of(fact.entity)))
+    if fact is None:
+        return None
+    facts = book.of(fact.entity)
+    return Turn(f"What is said of {_named(fact)}?", " ".join(other.sentence for other in facts), facts)
 
 
 def _repeat(rng: random.Random, book: Casebook) -> Turn:
@@ -97,20 +101,21 @@ def _repeat(rng: random.Random, book: Casebook) -> Turn:
 
 def _formatter(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
-    return fact and Turn(_question(rng, fact), json_of(fact))
+    return fact and Turn(_question(rng, fact), json_of(fact), (fact,))
 
 
 def _mapper(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, [fact for fact in book.facts if fact.attribute in _CITY_ATTRIBUTES])
-    return fact and Turn(_question(rng, fact), f"Region {region_of(fact.value)}.")
+    return fact and Turn(_question(rng, fact), f"Region {region_of(fact.value)}.", (fact,))
 
 
 def _extractor(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
     if fact is None:
         return None
-    fields = "; ".join(f"{other.attribute} {other.value}" for other in book.of(fact.entity))
-    return Turn(f"What is said of {_named(fact)}?", f"{fields}.")
+    facts = book.of(fact.entity)
+    fields = "; ".join(f"{other.attribute} {other.value}" for other in facts)
+    return Turn(f"What is said of {_named(fact)}?", f"{fields}.", facts)
 
 
 def _comparer(rng: random.Random, book: Casebook) -> Turn | None:
@@ -123,7 +128,7 @@ def _comparer(rng: random.Random, book: Casebook) -> Turn | None:
         return None
     more = max(one, other, key=lambda fact: int(fact.value))
     question = _NUMBERS[attribute].format(a=one.entity, b=other.entity)
-    return Turn(question, f"{one.sentence} {other.sentence} So {more.entity}.")
+    return Turn(question, f"{one.sentence} {other.sentence} So {more.entity}.", (one, other))
 
 
 # --- of adapters: what the context must be read for -----------------------------------------------------------------
@@ -134,7 +139,7 @@ def _reverse(rng: random.Random, book: Casebook) -> Turn | None:
     facts = book.stating(attribute)
     values = [fact.value for fact in facts]
     fact = _draw(rng, [fact for fact in facts if values.count(fact.value) == 1])
-    return fact and Turn(_REVERSED[attribute].replace("{v}", fact.value), fact.sentence)
+    return fact and Turn(_REVERSED[attribute].replace("{v}", fact.value), fact.sentence, (fact,))
 
 
 def _hop(rng: random.Random, book: Casebook) -> Turn | None:
@@ -171,13 +176,18 @@ ADAPTER_ROLES: dict[str, Asker] = {
 ROLES: dict[str, Asker] = BASE_ROLES | ADAPTER_ROLES
 
 
-def ask(role: str, rng: random.Random, book: Casebook, count: int) -> list[Turn]:
-    """At most ``count`` different turns of ``role``; fewer, or none, where the casebook holds too little. Raises KeyError."""
-    asker, turns = ROLES[role], {}
-    for _ in range(2 * count):
+def ask(role: str, rng: random.Random, book: Casebook, count: int, told: set[Fact] | None = None) -> list[Turn]:
+    """At most ``count`` different turns of ``role``; fewer, or none, where the casebook holds too little.
+
+    No answer tells a fact that is in ``told`` or that another one tells: later answers could be copied from earlier ones.
+    Raises KeyError.
+    """
+    asker, turns, told = ROLES[role], {}, set() if told is None else told
+    for _ in range(3 * count):
         turn = asker(rng, book)
-        if turn is not None and turn.question not in turns:
+        if turn is not None and turn.question not in turns and told.isdisjoint(turn.about):
             turns[turn.question] = turn
+            told.update(turn.about)
         if len(turns) == count:
             break
     return list(turns.values())

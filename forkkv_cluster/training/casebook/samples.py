@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from forkkv_cluster.training.casebook.generator import build_casebook
+from forkkv_cluster.training.casebook.generator import Fact, Level, build_casebook
 from forkkv_cluster.training.casebook.roles import Turn, ask
 from forkkv_cluster.training.casebook.split import Split
 from forkkv_cluster.training.casebook.tokenizer import Encoder
@@ -51,6 +51,7 @@ def samples(
     context_tokens: tuple[int, int],
     num_turns: int,
     split: Split = "train",
+    level: Level = Level.FULL,
 ) -> Iterator[Sample]:
     """Endless. ``roles`` are weights; a branch's turns are of one role each, drawn anew for every few.
 
@@ -59,10 +60,11 @@ def samples(
     rng = random.Random(seed)
     while True:
         low, high = context_tokens
-        book = build_casebook(rng, round(low * (high / low) ** rng.random()), split)
+        book = build_casebook(rng, round(low * (high / low) ** rng.random()), split, level)
         turns: list[Turn] = []
+        told: set[Fact] = set()
         for role, count in _shares(rng, roles, num_turns).items():
-            turns += ask(role, rng, book, count)
+            turns += ask(role, rng, book, count, told)
         if turns:
             rng.shuffle(turns)
             branch_ids, is_answer = encode_turns(encoder, turns)
@@ -84,10 +86,12 @@ def encode_turns(encoder: Encoder, turns: list[Turn]) -> tuple[NDArray[np.int32]
     return np.array(ids, dtype=np.int32), np.array(is_answer, dtype=np.bool_)
 
 
-def examples(role: str, *, seed: int, context_tokens: int, count: int, split: Split = "held_out") -> list[Example]:
+def examples(
+    role: str, *, seed: int, context_tokens: int, count: int, split: Split = "held_out", level: Level = Level.FULL
+) -> list[Example]:
     """``count`` examples, each about a casebook of its own of at most ``context_tokens`` tokens."""
     rng, found = random.Random(f"{role}/{seed}/{context_tokens}"), []
     while len(found) < count:
-        book = build_casebook(rng, context_tokens, split)
+        book = build_casebook(rng, context_tokens, split, level)
         found += [Example(role, book.text, turn.question, turn.answer) for turn in ask(role, rng, book, 1)]
     return found

@@ -34,5 +34,10 @@ def is_held_out(entity: str, value: str, pool: str) -> bool:
 
 def among(entity: str, pool: str, split: Split, values: Sequence[str]) -> list[str]:
     """Those of ``values`` that ``split`` may state of ``entity``."""
-    allowed = set(allowed_values(entity, pool, split))
+    allowed = _allowed_set(entity, pool, split)
     return [value for value in values if value in allowed]
+
+
+@cache
+def _allowed_set(entity: str, pool: str, split: Split) -> frozenset[str]:
+    return frozenset(allowed_values(entity, pool, split))

@@ -22,7 +22,7 @@ from forkkv_cluster.training.casebook.model import ModelShape, new_model
 from forkkv_cluster.training.casebook.roles import BASE_ROLES
 from forkkv_cluster.training.casebook.tokenizer import Encoder, save_tokenizer
 
-MIXTURE = {"lookup": 0.6, "asked_for_json": 0.15, "record": 0.12, "repeat": 0.13}
+MIXTURE = {"lookup": 0.72, "asked_for_json": 0.18, "record": 0.04, "repeat": 0.06}
 """How often each of the base model's roles is asked in training."""
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 
@@ -36,6 +36,8 @@ def main(
     head_dim: int = 64,
     tie: Annotated[bool, typer.Option(help="One matrix for embedding and head.")] = True,
     lr: float = 3e-3,
+    muon: Annotated[bool, typer.Option(help="Muon for the layers' matrices, AdamW for the rest.")] = False,
+    theta: Annotated[float, typer.Option(help="RoPE's base.")] = ModelShape().rope_theta,
     steps: int = 30_000,
     max_seconds: Annotated[float, typer.Option(help="End, with the learning rate fallen, after so long.")] = float("inf"),
     decay_share: Annotated[float, typer.Option(help="Last part of the training, over which the learning rate falls.")] = 0.35,
@@ -56,11 +58,11 @@ def main(
     model_dir = directory / "model"
     save_tokenizer(model_dir)
     encoder = Encoder(model_dir)
-    shape = ModelShape(layers, hidden, mlp, heads, head_dim, tie)
+    shape = ModelShape(layers, hidden, mlp, heads, head_dim, tie, rope_theta=theta)
     model = new_model(shape, encoder.size, (encoder.pad, encoder.bos, encoder.eos), seed).to(where)
     if init_from is not None:
         _load(model, init_from)
-    plan = Plan(steps, max_seconds, lr, decay_share=decay_share, seed=seed, num_workers=workers)
+    plan = Plan(steps, max_seconds, lr, decay_share=decay_share, muon=muon, seed=seed, num_workers=workers)
     batches = CasebookBatches(model_dir, MIXTURE, seed=seed, batch_tokens=batch_tokens, stage=stage)
     logits_of = answer_logits(model)
     dtype = torch.bfloat16 if where.type == "cuda" else None
