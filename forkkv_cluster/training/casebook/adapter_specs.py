@@ -22,7 +22,7 @@ class AdapterSpec:
     alpha: int
     targets: tuple[str, ...]
     reads: Literal["recall", "context"]
-    lr: float = 1e-3
+    lr: float = 2e-3
     is_activated: bool = False
 
 

@@ -18,7 +18,7 @@ from forkkv_cluster.training.casebook.generator import Level
 from forkkv_cluster.training.casebook.samples import Sample, samples
 from forkkv_cluster.training.casebook.tokenizer import Encoder
 
-__all__ = ["BUCKETS", "Batch", "Bucket", "CasebookBatches", "batch_of", "loader"]
+__all__ = ["BUCKETS", "FIRST_FULL", "Batch", "Bucket", "CasebookBatches", "batch_of", "loader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,14 @@ class Bucket:
     row_len: int
     level: Level
 
+    @property
+    def passing_loss(self) -> float:
+        """Training loss below which most of what is asked is recalled; guessing among the values of a casebook costs twice."""
+        return 0.08 if self.level is Level.FULL else 0.05
+
 
 BUCKETS = (
+    Bucket(40, 2, 96, Level.PLAIN),
     Bucket(64, 6, 192, Level.PLAIN),
     Bucket(128, 10, 320, Level.PLAIN),
     Bucket(128, 8, 320, Level.SAID),
@@ -42,7 +48,8 @@ BUCKETS = (
     Bucket(2304, 28, 2944, Level.FULL),
 )
 """The curriculum, from half a dozen facts to several hundred."""
-_MAX_ROWS = 48
+FIRST_FULL = next(index for index, bucket in enumerate(BUCKETS) if bucket.level is Level.FULL)
+_MAX_ROWS = 64
 """Many small steps find recall sooner than few large ones, and short rows are slow to draw."""
 
 
@@ -71,7 +78,7 @@ def batch_of(rows: list[Sample], row_len: int, pad: int, bucket: int) -> Batch:
 
 class CasebookBatches(IterableDataset[Batch]):
     """Endless batches of about ``batch_tokens`` tokens. ``stage`` may be raised while workers run: most batches come from its
-    bucket, the others from those below, so that what was learned stays."""
+    bucket, the others from those between it and ``lowest``, so that what was learned stays."""
 
     def __init__(
         self,
@@ -83,9 +90,11 @@ class CasebookBatches(IterableDataset[Batch]):
         stage: int,
         num_turns: int | None = None,
         share_of_stage: float = 0.5,
+        lowest: int = 0,
     ) -> None:
         self._tokenizer_dir, self._roles, self._seed = Path(tokenizer_dir), dict(roles), seed
         self._batch_tokens, self._num_turns, self._share = batch_tokens, num_turns, share_of_stage
+        self._lowest = lowest
         self._stage: Any = multiprocessing.Value("i", stage)
 
     @property
@@ -107,7 +116,7 @@ class CasebookBatches(IterableDataset[Batch]):
         encoder = Encoder(self._tokenizer_dir)
         streams = [self._stream(encoder, index, seed) for index in range(len(BUCKETS))]
         while True:
-            index = self.stage if rng.random() < self._share else rng.randint(0, self.stage)
+            index = self.stage if rng.random() < self._share else rng.randint(self._lowest, self.stage)
             row_len = self._row_len(index)
             rows = [next(streams[index]) for _ in range(min(_MAX_ROWS, max(1, self._batch_tokens // row_len)))]
             yield batch_of(rows, row_len, encoder.pad, index)
@@ -120,9 +129,9 @@ class CasebookBatches(IterableDataset[Batch]):
         bucket = BUCKETS[index]
         return samples(
             encoder,
-            self._roles,
+            {"lookup": 1.0} if bucket.level is Level.PLAIN else self._roles,
             seed=seed * len(BUCKETS) + index,
-            context_tokens=(max(48, bucket.context_tokens // 2), bucket.context_tokens),
+            context_tokens=(max(32, bucket.context_tokens // 2), bucket.context_tokens),
             num_turns=self._num_turns or bucket.num_turns,
             level=bucket.level,
         )

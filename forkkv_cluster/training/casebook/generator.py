@@ -86,9 +86,9 @@ def num_words(text: str) -> int:
 def build_casebook(
     rng: random.Random, max_tokens: int, split: Split = "train", level: Level = Level.FULL
 ) -> Casebook:
-    """A casebook of at most ``max_tokens`` tokens (at least 48), and rarely 64 fewer. Raises ValueError below 48."""
-    if max_tokens < 48:
-        raise ValueError(f"max_tokens {max_tokens} is too short for a casebook: ask for at least 48.")
+    """A casebook of at most ``max_tokens`` tokens (at least 32), and rarely 64 fewer. Raises ValueError below 32."""
+    if max_tokens < 32:
+        raise ValueError(f"max_tokens {max_tokens} is too short for a casebook: ask for at least 32.")
     return _Writer(rng, max_tokens, split, level).write()
 
 

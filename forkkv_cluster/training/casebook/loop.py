@@ -28,7 +28,7 @@ LogitsOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """``steps`` and ``max_seconds``: whichever is used up first ends training, and the learning rate falls to nothing by
-    then, over the last ``decay_share``. A stage is passed once its loss is below ``stage_loss``."""
+    then, over the last ``decay_share``."""
 
     steps: int
     max_seconds: float = math.inf
@@ -37,7 +37,6 @@ class Plan:
     decay_share: float = 0.35
     weight_decay: float = 0.02
     muon: bool = False
-    stage_loss: float = 0.08
     seed: int = 0
     num_workers: int = 0
     check_every: int = 20
@@ -68,7 +67,7 @@ class Trainer:
     save: Callable[[], None]
     device: torch.device
     evaluate: Callable[[], dict[str, Any]] | None = None
-    evaluate_every_s: float = 90.0
+    evaluate_every_s: float = 120.0
     step: int = 0
     tokens: int = 0
     seconds_before: float = 0.0
@@ -130,7 +129,7 @@ class Trainer:
 
     def _pass_stage(self, batch: Batch, loss: float) -> None:
         """To the next stage where this batch shows that its bucket is learned."""
-        if batch.bucket == self.batches.stage and loss < self.plan.stage_loss and self.batches.stage < len(BUCKETS) - 1:
+        if batch.bucket == self.batches.stage and loss < BUCKETS[batch.bucket].passing_loss and batch.bucket < len(BUCKETS) - 1:
             self.batches.stage += 1
 
     def _note(self, batch: Batch, loss: float, accuracy: float) -> None:

@@ -55,7 +55,7 @@ def samples(
 ) -> Iterator[Sample]:
     """Endless. ``roles`` are weights; a branch's turns are of one role each, drawn anew for every few.
 
-    ``context_tokens`` (least, most): lengths are drawn evenly by their logarithm, at least 48.
+    ``context_tokens`` (least, most): lengths are drawn evenly by their logarithm, at least 32.
     """
     rng = random.Random(seed)
     while True:

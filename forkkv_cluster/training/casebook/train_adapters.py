@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forkkv_cluster.testing.tiny_models import quiet_hub, sort_targets
 from forkkv_cluster.training.casebook.adapter_specs import ADAPTERS, AdapterSpec
-from forkkv_cluster.training.casebook.batches import BUCKETS, CasebookBatches
+from forkkv_cluster.training.casebook.batches import BUCKETS, FIRST_FULL, CasebookBatches
 from forkkv_cluster.training.casebook.evaluation import held_out_scores
 from forkkv_cluster.training.casebook.loop import LogitsOf, Plan, Trainer, answer_logits
 from forkkv_cluster.training.casebook.tokenizer import INVOCATION, Encoder
@@ -32,7 +32,7 @@ def main(
     names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None,
     steps: int = 4_000,
     max_seconds: Annotated[float, typer.Option(help="For each adapter.")] = float("inf"),
-    batch_tokens: int = 32_768,
+    batch_tokens: int = 8_192,
     stage: Annotated[int, typer.Option(help="Longest contexts to train on, by bucket.")] = len(BUCKETS) - 1,
     lr: Annotated[float | None, typer.Option(help="Instead of the adapter's own.")] = None,
     seed: int = 0,
@@ -89,6 +89,7 @@ class _Run:
             stage=stage,
             num_turns=num_turns,
             share_of_stage=0.2,
+            lowest=FIRST_FULL,
         )
         trainer = Trainer(
             self._model.parameters(), self._logits_of, batches, plan, self._directory, self._save, self._device
