@@ -28,13 +28,14 @@ LogitsOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """``steps`` and ``max_seconds``: whichever is used up first ends training, and the learning rate falls to nothing by
-    then, over the last ``decay_share``."""
+    then, over the last ``decay_share``. ``stages_share``: the part by whose end every stage has begun."""
 
     steps: int
     max_seconds: float = math.inf
-    lr: float = 3e-3
+    lr: float = 1e-3
     warmup_steps: int = 300
     decay_share: float = 0.35
+    stages_share: float = 0.6
     weight_decay: float = 0.02
     muon: bool = False
     seed: int = 0
@@ -106,6 +107,7 @@ class Trainer:
                 evaluated = now
                 self._log({"event": "scores", "step": self.step, **self.evaluate()})
         self._checkpoint()
+        self._log({"event": "end", "step": self.step, "tokens": self.tokens, "seconds": round(self._seconds(), 1)})
 
     def _train(self, batch: Batch) -> tuple[Tensor, Tensor]:
         lr = self.plan.lr * self._lr_share()
@@ -128,8 +130,11 @@ class Trainer:
         return loss.detach(), (logits.detach().argmax(-1) == targets).float().mean()
 
     def _pass_stage(self, batch: Batch, loss: float) -> None:
-        """To the next stage where this batch shows that its bucket is learned."""
-        if batch.bucket == self.batches.stage and loss < BUCKETS[batch.bucket].passing_loss and batch.bucket < len(BUCKETS) - 1:
+        """To the next stage where this batch shows that its bucket is learned, or where the time for it is over."""
+        stage, last = self.batches.stage, len(BUCKETS) - 1
+        is_learned = batch.bucket == stage and loss < BUCKETS[stage].passing_loss
+        is_late = stage < self._progress() / self.plan.stages_share * last - 1
+        if stage < last and (is_learned or is_late):
             self.batches.stage += 1
 
     def _note(self, batch: Batch, loss: float, accuracy: float) -> None:

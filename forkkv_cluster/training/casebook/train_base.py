@@ -29,13 +29,12 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048)
 
 def main(
     directory: Annotated[Path, typer.Argument(help="Where tokenizer, weights, log, scores and checkpoint go.")],
-    layers: int = 2,
+    layers: int = 3,
     hidden: int = 256,
     mlp: int = 1024,
     heads: int = 4,
-    head_dim: int = 64,
-    tie: Annotated[bool, typer.Option(help="One matrix for embedding and head.")] = True,
-    lr: float = 3e-3,
+    head_dim: int = 128,
+    lr: float = 1e-3,
     muon: Annotated[bool, typer.Option(help="Muon for the layers' matrices, AdamW for the rest.")] = False,
     theta: Annotated[float, typer.Option(help="RoPE's base.")] = ModelShape().rope_theta,
     steps: int = 30_000,
@@ -58,7 +57,7 @@ def main(
     model_dir = directory / "model"
     save_tokenizer(model_dir)
     encoder = Encoder(model_dir)
-    shape = ModelShape(layers, hidden, mlp, heads, head_dim, tie, rope_theta=theta)
+    shape = ModelShape(layers, hidden, mlp, heads, head_dim, rope_theta=theta)
     model = new_model(shape, encoder.size, (encoder.pad, encoder.bos, encoder.eos), seed).to(where)
     if init_from is not None:
         _load(model, init_from)
