@@ -72,7 +72,7 @@ class _Start:
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
         self._num_token = shape.hidden_size * 5 // 8
-        self._num_note = shape.head_dim // 2 - 4
+        self._num_note = min(shape.head_dim // 2 - 4, (shape.hidden_size - self._num_token - 1) // 2 * 2)
         self._projection = _orthonormal(self._num_note, self._num_token)
         # What stands h tokens back is noted turned h times, so that a note tells the order; one turn more, and it is the note
         # that the next token will have.
