@@ -131,6 +131,7 @@ class _Start:
             attention.q_proj.weight[dims, self._note] += gain * self._turn
             attention.q_proj.weight[dims, : self._num_token] += gain * self._turn @ self._projection
             copy = _orthonormal(min(shape.head_dim, self._num_token), self._num_token)
+            rows = slice(rows.start, rows.start + len(copy))
             attention.v_proj.weight[rows, : self._num_token] += copy_gain * copy
             attention.o_proj.weight[: self._num_token, rows] += copy_gain * copy.T
 
