@@ -22,7 +22,7 @@ class AdapterSpec:
     alpha: int
     targets: tuple[str, ...]
     reads: Literal["recall", "context"]
-    lr: float = 2e-3
+    lr: float = 1e-3
     is_activated: bool = False
 
 
@@ -34,9 +34,9 @@ ADAPTERS: dict[str, AdapterSpec] = {
         AdapterSpec("mapper", "mapper", 16, 64, ATTENTION, "recall"),
         AdapterSpec("comparer", "comparer", 16, 32, ALL_LINEAR, "recall"),
         AdapterSpec("hop", "hop", 16, 32, ALL_LINEAR, "context"),
-        AdapterSpec("reverse", "reverse", 64, 128, ALL_LINEAR, "context"),
-        AdapterSpec("counter", "counter", 64, 64, ATTENTION, "context"),
+        AdapterSpec("reverse", "reverse", 64, 128, ALL_LINEAR, "context", lr=5e-4),
+        AdapterSpec("counter", "counter", 64, 64, ATTENTION, "context", lr=5e-4),
         AdapterSpec("formatter-alora", "formatter", 16, 32, ALL_LINEAR, "recall", is_activated=True),
-        AdapterSpec("mapper-alora", "mapper", 64, 128, ALL_LINEAR, "recall", is_activated=True),
+        AdapterSpec("mapper-alora", "mapper", 64, 128, ALL_LINEAR, "recall", lr=5e-4, is_activated=True),
     )
 }

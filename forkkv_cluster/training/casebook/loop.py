@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,9 +18,6 @@ from forkkv_cluster.training.casebook.batches import BUCKETS, Batch, CasebookBat
 
 __all__ = ["LogitsOf", "Plan", "Trainer", "answer_logits"]
 
-_MIN_VOCABULARY = 2048
-"""A matrix with a longer side is an embedding."""
-
 LogitsOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(input_ids [n, m], at [k]) -> logits [k, vocab] of positions in the flattened input_ids."""
 
@@ -28,16 +25,17 @@ LogitsOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """``steps`` and ``max_seconds``: whichever is used up first ends training, and the learning rate falls to nothing by
-    then, over the last ``decay_share``. ``stages_share``: the part by whose end every stage has begun."""
+    then, over the last ``decay_share``. ``slow_share`` is that of the learning rate which slow
+    parameters get. ``stages_share``: the part by whose end every stage has begun."""
 
     steps: int
     max_seconds: float = math.inf
-    lr: float = 1e-3
-    warmup_steps: int = 300
+    lr: float = 5e-4
+    slow_share: float = 0.3
+    warmup_steps: int = 100
     decay_share: float = 0.35
     stages_share: float = 0.6
     weight_decay: float = 0.02
-    muon: bool = False
     seed: int = 0
     num_workers: int = 0
     check_every: int = 20
@@ -67,6 +65,7 @@ class Trainer:
     directory: Path
     save: Callable[[], None]
     device: torch.device
+    slow: Sequence[torch.nn.Parameter] = ()
     evaluate: Callable[[], dict[str, Any]] | None = None
     evaluate_every_s: float = 120.0
     step: int = 0
@@ -76,16 +75,17 @@ class Trainer:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.parameters = [p for p in self.parameters if p.requires_grad]
-        matrices = [p for p in self.parameters if p.dim() >= 2]
-        others = [p for p in self.parameters if p.dim() < 2]
-        is_cuda, lr, decay = self.device.type == "cuda", self.plan.lr, self.plan.weight_decay
-        self._optimizers: list[torch.optim.Optimizer] = []
-        if self.plan.muon:
-            hidden = [p for p in matrices if max(p.shape) < _MIN_VOCABULARY]
-            matrices = [p for p in matrices if max(p.shape) >= _MIN_VOCABULARY]
-            self._optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-        self._optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=is_cuda))
+        slow = {id(p) for p in self.slow}
+        decay, lr = self.plan.weight_decay, self.plan.lr
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() >= 2 and id(p) not in slow], "weight_decay": decay, "share": 1.0},
+            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0, "share": 1.0},
+            {"params": list(self.slow), "weight_decay": 0.0, "share": self.plan.slow_share},
+        ]
+        is_cuda = self.device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.98), fused=is_cuda
+        )
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -111,9 +111,8 @@ class Trainer:
 
     def _train(self, batch: Batch) -> tuple[Tensor, Tensor]:
         lr = self.plan.lr * self._lr_share()
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["share"]
         ids = batch.input_ids.to(self.device, non_blocking=True)
         answer_at = batch.answer_at.to(self.device, non_blocking=True)
         targets = ids.flatten()[answer_at]
@@ -122,9 +121,8 @@ class Trainer:
         loss = torch.nn.functional.cross_entropy(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self._optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += batch.input_ids.numel()
         return loss.detach(), (logits.detach().argmax(-1) == targets).float().mean()
@@ -143,7 +141,7 @@ class Trainer:
                 "step": self.step,
                 "seconds": round(self._seconds(), 1),
                 "tokens": self.tokens,
-                "lr": self._optimizers[0].param_groups[0]["lr"],
+                "lr": self._optimizer.param_groups[0]["lr"],
                 "stage": self.batches.stage,
                 "context_tokens": BUCKETS[batch.bucket].context_tokens,
                 "loss": round(loss, 4),
@@ -169,7 +167,7 @@ class Trainer:
         self.save()
         state = {
             "parameters": [p.detach().cpu() for p in self.parameters],
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "optimizer": self._optimizer.state_dict(),
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self._seconds(),
@@ -187,8 +185,7 @@ class Trainer:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
         self.batches.reseed(self.step)
         self.batches.stage = state["stage"]

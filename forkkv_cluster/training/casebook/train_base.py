@@ -18,7 +18,7 @@ import typer
 from forkkv_cluster.training.casebook.batches import CasebookBatches
 from forkkv_cluster.training.casebook.evaluation import held_out_scores
 from forkkv_cluster.training.casebook.loop import Plan, Trainer, answer_logits
-from forkkv_cluster.training.casebook.model import ModelShape, new_model
+from forkkv_cluster.training.casebook.model import ModelShape, circuit_of, new_model
 from forkkv_cluster.training.casebook.roles import BASE_ROLES
 from forkkv_cluster.training.casebook.tokenizer import Encoder, save_tokenizer
 
@@ -34,8 +34,8 @@ def main(
     mlp: int = 1024,
     heads: int = 4,
     head_dim: int = 128,
-    lr: float = 1e-3,
-    muon: Annotated[bool, typer.Option(help="Muon for the layers' matrices, AdamW for the rest.")] = False,
+    lr: float = 5e-4,
+    slow_share: Annotated[float, typer.Option(help="Part of the learning rate for the circuit that training begins with.")] = 0.3,
     theta: Annotated[float, typer.Option(help="RoPE's base.")] = ModelShape().rope_theta,
     steps: int = 30_000,
     max_seconds: Annotated[float, typer.Option(help="End, with the learning rate fallen, after so long.")] = float("inf"),
@@ -61,7 +61,7 @@ def main(
     model = new_model(shape, encoder.size, (encoder.pad, encoder.bos, encoder.eos), seed).to(where)
     if init_from is not None:
         _load(model, init_from)
-    plan = Plan(steps, max_seconds, lr, decay_share=decay_share, muon=muon, seed=seed, num_workers=workers)
+    plan = Plan(steps, max_seconds, lr, slow_share, decay_share=decay_share, seed=seed, num_workers=workers)
     batches = CasebookBatches(model_dir, MIXTURE, seed=seed, batch_tokens=batch_tokens, stage=stage)
     logits_of = answer_logits(model)
     dtype = torch.bfloat16 if where.type == "cuda" else None
@@ -71,7 +71,15 @@ def main(
         return held_out_scores(logits_of, encoder, tuple(BASE_ROLES), lengths, count=count, device=where, dtype=dtype)
 
     trainer = Trainer(
-        model.parameters(), logits_of, batches, plan, directory, lambda: save_bf16(model, model_dir), where, evaluate
+        model.parameters(),
+        logits_of,
+        batches,
+        plan,
+        directory,
+        lambda: save_bf16(model, model_dir),
+        where,
+        circuit_of(model),
+        evaluate,
     )
     trainer.run()
     facts = {"shape": asdict(shape), "plan": asdict(replace(plan, max_seconds=min(max_seconds, 1e9)))}
