@@ -35,6 +35,7 @@ class Plan:
     warmup_steps: int = 100
     decay_share: float = 0.35
     stages_share: float = 0.6
+    last_stage: int = len(BUCKETS) - 1
     weight_decay: float = 0.02
     seed: int = 0
     num_workers: int = 0
@@ -129,7 +130,7 @@ class Trainer:
 
     def _pass_stage(self, batch: Batch, loss: float) -> None:
         """To the next stage where this batch shows that its bucket is learned, or where the time for it is over."""
-        stage, last = self.batches.stage, len(BUCKETS) - 1
+        stage, last = self.batches.stage, self.plan.last_stage
         is_learned = batch.bucket == stage and loss < BUCKETS[stage].passing_loss
         is_late = stage < self._progress() / self.plan.stages_share * last - 1
         if stage < last and (is_learned or is_late):

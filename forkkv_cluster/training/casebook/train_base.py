@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from forkkv_cluster.training.casebook.batches import CasebookBatches
+from forkkv_cluster.training.casebook.batches import BUCKETS, CasebookBatches
 from forkkv_cluster.training.casebook.evaluation import held_out_scores
 from forkkv_cluster.training.casebook.loop import Plan, Trainer, answer_logits
 from forkkv_cluster.training.casebook.model import ModelShape, circuit_of, new_model
@@ -42,6 +42,7 @@ def main(
     decay_share: Annotated[float, typer.Option(help="Last part of the training, over which the learning rate falls.")] = 0.35,
     batch_tokens: int = 32_768,
     stage: Annotated[int, typer.Option(help="Bucket to begin with.")] = 0,
+    last_stage: Annotated[int, typer.Option(help="Bucket to end with: how long contexts get.")] = len(BUCKETS) - 1,
     init_from: Annotated[Path | None, typer.Option(help="Weights to begin with: a model's directory.")] = None,
     seed: int = 0,
     workers: Annotated[int, typer.Option(help="Processes that draw casebooks; 0: none but this one.")] = 0,
@@ -61,12 +62,14 @@ def main(
     model = new_model(shape, encoder.size, (encoder.pad, encoder.bos, encoder.eos), seed).to(where)
     if init_from is not None:
         _load(model, init_from)
-    plan = Plan(steps, max_seconds, lr, slow_share, decay_share=decay_share, seed=seed, num_workers=workers)
+    plan = Plan(
+        steps, max_seconds, lr, slow_share, decay_share=decay_share, last_stage=last_stage, seed=seed, num_workers=workers
+    )
     batches = CasebookBatches(model_dir, MIXTURE, seed=seed, batch_tokens=batch_tokens, stage=stage)
     logits_of = answer_logits(model)
     dtype = torch.bfloat16 if where.type == "cuda" else None
 
-    def evaluate(count: int = 64) -> dict[str, Any]:
+    def evaluate(count: int = min(64, num_examples)) -> dict[str, Any]:
         lengths = [length for length in LENGTHS if length <= longest]
         return held_out_scores(logits_of, encoder, tuple(BASE_ROLES), lengths, count=count, device=where, dtype=dtype)
 
