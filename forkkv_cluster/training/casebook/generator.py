@@ -83,9 +83,7 @@ def num_words(text: str) -> int:
     return len(WORD.findall(text))
 
 
-def build_casebook(
-    rng: random.Random, max_tokens: int, split: Split = "train", level: Level = Level.FULL
-) -> Casebook:
+def build_casebook(rng: random.Random, max_tokens: int, split: Split = "train", level: Level = Level.FULL) -> Casebook:
     """A casebook of at most ``max_tokens`` tokens (at least 32), and rarely 64 fewer. Raises ValueError below 32."""
     if max_tokens < 32:
         raise ValueError(f"max_tokens {max_tokens} is too short for a casebook: ask for at least 32.")
@@ -120,7 +118,11 @@ class _Writer:
 
     def _section(self, kind: Kind) -> str:
         style = self._rng.choice(_STYLES) if self._level is Level.FULL else "sentences"
-        names = [name for name in self._rng.sample(POOLS[kind.pool], self._rng.randint(2, min(8, 2 + self._room // 16))) if name not in self._used]
+        names = [
+            name
+            for name in self._rng.sample(POOLS[kind.pool], self._rng.randint(2, min(8, 2 + self._room // 16)))
+            if name not in self._used
+        ]
         self._used.update(names)
         drawn = ((name, self._facts_about(kind, name)) for name in names)
         records = [(name, facts) for name, facts in drawn if facts]

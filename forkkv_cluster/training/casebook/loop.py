@@ -120,7 +120,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = self.logits_of(ids, answer_at - 1).float()  # the position before writes it
         loss = torch.nn.functional.cross_entropy(logits, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

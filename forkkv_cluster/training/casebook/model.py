@@ -130,7 +130,9 @@ class _Start:
         gain = (self.likeness * shape.head_dim**0.5 / normed) ** 0.5
         copied = shape.num_heads * shape.head_dim / self._num_token * (shape.hidden_size / energy) ** 0.5 * self.token_norm
         copy_gain = (self.copied / copied) ** 0.5
-        slow = torch.cat([torch.arange(half - self._num_note // 2, half), torch.arange(shape.head_dim - self._num_note // 2, shape.head_dim)])
+        slow = torch.cat(
+            [torch.arange(half - self._num_note // 2, half), torch.arange(shape.head_dim - self._num_note // 2, shape.head_dim)]
+        )
         for head in range(shape.num_heads):
             rows = self._rows(head)
             dims = rows.start + slow
@@ -144,4 +146,5 @@ class _Start:
 
 
 def _orthonormal(num_rows: int, num_columns: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(num_columns, num_rows))[0].T
+    columns: Tensor = torch.linalg.qr(torch.randn(num_columns, num_rows))[0]
+    return columns.T

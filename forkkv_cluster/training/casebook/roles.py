@@ -75,12 +75,12 @@ def _draw(rng: random.Random, facts: Sequence[Fact]) -> Fact | None:
 
 def _lookup(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
-    return fact and Turn(_question(rng, fact), fact.sentence, (fact,))
+    return Turn(_question(rng, fact), fact.sentence, (fact,)) if fact else None
 
 
 def _asked_for_json(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
-    return fact and Turn(f"{_question(rng, fact)} Answer in JSON.", json_of(fact), (fact,))
+    return Turn(f"{_question(rng, fact)} Answer in JSON.", json_of(fact), (fact,)) if fact else None
 
 
 def _record(rng: random.Random, book: Casebook) -> Turn | None:
@@ -101,12 +101,12 @@ def _repeat(rng: random.Random, book: Casebook) -> Turn:
 
 def _formatter(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, book.facts)
-    return fact and Turn(_question(rng, fact), json_of(fact), (fact,))
+    return Turn(_question(rng, fact), json_of(fact), (fact,)) if fact else None
 
 
 def _mapper(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, [fact for fact in book.facts if fact.attribute in _CITY_ATTRIBUTES])
-    return fact and Turn(_question(rng, fact), f"Region {region_of(fact.value)}.", (fact,))
+    return Turn(_question(rng, fact), f"Region {region_of(fact.value)}.", (fact,)) if fact else None
 
 
 def _extractor(rng: random.Random, book: Casebook) -> Turn | None:
@@ -139,7 +139,7 @@ def _reverse(rng: random.Random, book: Casebook) -> Turn | None:
     facts = book.stating(attribute)
     values = [fact.value for fact in facts]
     fact = _draw(rng, [fact for fact in facts if values.count(fact.value) == 1])
-    return fact and Turn(_REVERSED[attribute].replace("{v}", fact.value), fact.sentence, (fact,))
+    return Turn(_REVERSED[attribute].replace("{v}", fact.value), fact.sentence, (fact,)) if fact else None
 
 
 def _hop(rng: random.Random, book: Casebook) -> Turn | None:

@@ -90,7 +90,8 @@ def examples(
     role: str, *, seed: int, context_tokens: int, count: int, split: Split = "held_out", level: Level = Level.FULL
 ) -> list[Example]:
     """``count`` examples, each about a casebook of its own of at most ``context_tokens`` tokens."""
-    rng, found = random.Random(f"{role}/{seed}/{context_tokens}"), []
+    rng = random.Random(f"{role}/{seed}/{context_tokens}")
+    found: list[Example] = []
     while len(found) < count:
         book = build_casebook(rng, context_tokens, split, level)
         found += [Example(role, book.text, turn.question, turn.answer) for turn in ask(role, rng, book, 1)]

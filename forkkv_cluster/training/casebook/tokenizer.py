@@ -31,8 +31,9 @@ INVOCATION = "\nA:"
 """Ends every question; what invokes the aLoRA adapters."""
 
 _CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}" + EOS + "{% else %}"
-    "\nQ: {{ message.content }}{% if message.role == 'user' %}\nA:{% endif %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}"
+    "{% elif message.role == 'user' %}{{ '\\nQ: ' + message.content + '\\nA:' }}"
+    "{% else %}{{ '\\n' + message.content }}{% endif %}{% endfor %}"
 )
 _MAX_SIZE = 6000
 _NUM_CASEBOOKS = 300
@@ -111,7 +112,7 @@ class Encoder:
 
         self._tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
         self._word = lru_cache(maxsize=None)(self._encode_word)
-        self.pad, self.bos, self.eos = (int(self._tokenizer.token_to_id(token)) for token in SPECIAL_TOKENS)
+        self.pad, self.bos, self.eos = (SPECIAL_TOKENS.index(token) for token in (PAD, BOS, EOS))
         self.size = int(self._tokenizer.get_vocab_size())
 
     def _encode_word(self, word: str) -> tuple[int, ...]:

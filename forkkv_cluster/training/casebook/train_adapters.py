@@ -91,9 +91,7 @@ class _Run:
             share_of_stage=0.2,
             lowest=FIRST_FULL,
         )
-        trainer = Trainer(
-            self._model.parameters(), self._logits_of, batches, plan, self._directory, self._save, self._device
-        )
+        trainer = Trainer(self._model.parameters(), self._logits_of, batches, plan, self._directory, self._save, self._device)
         trainer.run()
         self._steps = trainer.step
 
@@ -126,9 +124,12 @@ class _Run:
 def _adapted(base: Any, spec: AdapterSpec, encoder: Encoder) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    invocation = {"alora_invocation_tokens": encoder.words(INVOCATION)} if spec.is_activated else {}
     config = LoraConfig(
-        r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets), task_type="CAUSAL_LM", **invocation
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=list(spec.targets),
+        task_type="CAUSAL_LM",
+        alora_invocation_tokens=encoder.words(INVOCATION) if spec.is_activated else None,
     )
     with quiet_hub():
         return get_peft_model(base, config)

@@ -1,7 +1,7 @@
 """Train the casebook model: ``python -m forkkv_cluster.training.casebook.train_base --help``.
 
-The curriculum goes from half a dozen facts to several hundred (``batches.BUCKETS``): recall is found on short contexts, and then
-carried to long ones. Interrupted, the same command goes on from its last checkpoint.
+The curriculum goes from half a dozen facts to several hundred (``batches.BUCKETS``): recall is found on short contexts,
+then carried to long ones. Interrupted, the same command goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main(
     heads: int = 4,
     head_dim: int = 128,
     lr: float = 5e-4,
-    slow_share: Annotated[float, typer.Option(help="Part of the learning rate for the circuit that training begins with.")] = 0.3,
+    slow_share: Annotated[
+        float, typer.Option(help="Part of the learning rate for the circuit that training begins with.")
+    ] = 0.3,
     theta: Annotated[float, typer.Option(help="RoPE's base.")] = ModelShape().rope_theta,
     steps: int = 30_000,
     max_seconds: Annotated[float, typer.Option(help="End, with the learning rate fallen, after so long.")] = float("inf"),
