@@ -31,12 +31,12 @@ ADAPTERS: dict[str, AdapterSpec] = {
     for spec in (
         AdapterSpec("formatter", "formatter", 8, 8, ATTENTION, "recall"),
         AdapterSpec("extractor", "extractor", 8, 16, ALL_LINEAR, "recall"),
-        AdapterSpec("mapper", "mapper", 16, 64, ATTENTION, "recall"),
+        AdapterSpec("mapper", "mapper", 16, 64, ALL_LINEAR, "recall"),
         AdapterSpec("comparer", "comparer", 16, 32, ALL_LINEAR, "recall"),
         AdapterSpec("hop", "hop", 16, 32, ALL_LINEAR, "context"),
         AdapterSpec("reverse", "reverse", 64, 128, ALL_LINEAR, "context", lr=5e-4),
         AdapterSpec("counter", "counter", 64, 64, ATTENTION, "context", lr=5e-4),
         AdapterSpec("formatter-alora", "formatter", 16, 32, ALL_LINEAR, "recall", is_activated=True),
-        AdapterSpec("mapper-alora", "mapper", 64, 128, ALL_LINEAR, "recall", lr=5e-4, is_activated=True),
+        AdapterSpec("mapper-alora", "mapper", 64, 128, ALL_LINEAR, "recall", is_activated=True),
     )
 }

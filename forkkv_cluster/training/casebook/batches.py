@@ -88,12 +88,11 @@ class CasebookBatches(IterableDataset[Batch]):
         seed: int,
         batch_tokens: int,
         stage: int,
-        num_turns: int | None = None,
         share_of_stage: float = 0.5,
         lowest: int = 0,
     ) -> None:
         self._tokenizer_dir, self._roles, self._seed = Path(tokenizer_dir), dict(roles), seed
-        self._batch_tokens, self._num_turns, self._share = batch_tokens, num_turns, share_of_stage
+        self._batch_tokens, self._share = batch_tokens, share_of_stage
         self._lowest = lowest
         self._stage: Any = multiprocessing.Value("i", stage)
 
@@ -117,13 +116,9 @@ class CasebookBatches(IterableDataset[Batch]):
         streams = [self._stream(encoder, index, seed) for index in range(len(BUCKETS))]
         while True:
             index = self.stage if rng.random() < self._share else rng.randint(self._lowest, self.stage)
-            row_len = self._row_len(index)
+            row_len = BUCKETS[index].row_len
             rows = [next(streams[index]) for _ in range(min(_MAX_ROWS, max(1, self._batch_tokens // row_len)))]
             yield batch_of(rows, row_len, encoder.pad, index)
-
-    def _row_len(self, index: int) -> int:
-        bucket = BUCKETS[index]
-        return bucket.row_len if self._num_turns is None else bucket.context_tokens + 64 * self._num_turns
 
     def _stream(self, encoder: Encoder, index: int, seed: int) -> Iterator[Sample]:
         bucket = BUCKETS[index]
@@ -132,7 +127,7 @@ class CasebookBatches(IterableDataset[Batch]):
             {"lookup": 1.0} if bucket.level is Level.PLAIN else self._roles,
             seed=seed * len(BUCKETS) + index,
             context_tokens=(max(32, bucket.context_tokens // 2), bucket.context_tokens),
-            num_turns=self._num_turns or bucket.num_turns,
+            num_turns=bucket.num_turns,
             level=bucket.level,
         )
 

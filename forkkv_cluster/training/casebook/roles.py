@@ -106,7 +106,7 @@ def _formatter(rng: random.Random, book: Casebook) -> Turn | None:
 
 def _mapper(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, [fact for fact in book.facts if fact.attribute in _CITY_ATTRIBUTES])
-    return Turn(_question(rng, fact), f"Region {region_of(fact.value)}.", (fact,)) if fact else None
+    return Turn(_question(rng, fact), f"{fact.sentence} Region {region_of(fact.value)}.", (fact,)) if fact else None
 
 
 def _extractor(rng: random.Random, book: Casebook) -> Turn | None:

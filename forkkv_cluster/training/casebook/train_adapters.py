@@ -1,7 +1,7 @@
 """Train role adapters on the casebook model by PEFT: ``python -m forkkv_cluster.training.casebook.train_adapters --help``.
 
 Ordinary LoRA training, as a user would do it: the whole sequence, context and branch, goes through the adapter, and the loss
-is on the answers. An aLoRA leaves everything before its invocation to the base, as PEFT has it.
+is on the answers. An aLoRA leaves everything before its invocation to the base, as PEFT has it (``activated``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from forkkv_cluster.testing.tiny_models import quiet_hub, sort_targets
+from forkkv_cluster.training.casebook.activated import turn_logits
 from forkkv_cluster.training.casebook.adapter_specs import ADAPTERS, AdapterSpec
 from forkkv_cluster.training.casebook.batches import BUCKETS, FIRST_FULL, CasebookBatches
 from forkkv_cluster.training.casebook.evaluation import held_out_scores
@@ -69,25 +69,17 @@ class _Run:
 
     @property
     def _logits_of(self) -> LogitsOf:
-        if not self._spec.is_activated:
-            return answer_logits(self._model.get_base_model())
-
-        def logits_of(input_ids: Tensor, at: Tensor) -> Tensor:
-            logits: Tensor = self._model(input_ids=input_ids, use_cache=False).logits  # peft finds the invocations
-            return logits.flatten(0, 1)[at]
-
-        return logits_of
+        if self._spec.is_activated:
+            return turn_logits(self._model, self._encoder.words(INVOCATION), self._encoder.eos)
+        return answer_logits(self._model.get_base_model())
 
     def train(self, plan: Plan, batch_tokens: int, stage: int) -> None:
-        # peft invokes an aLoRA once in a row, at its last invocation.
-        num_turns = 1 if self._spec.is_activated else None
         batches = CasebookBatches(
             self._model_dir,
             {self._spec.role: 1.0},
             seed=self._seed,
             batch_tokens=batch_tokens,
             stage=stage,
-            num_turns=num_turns,
             share_of_stage=0.2,
             lowest=FIRST_FULL,
         )

@@ -25,7 +25,7 @@ ANSWERS = {
     "asked_for_json": {"How old is Mara? Answer in JSON.": '{"person": "Mara", "age": 34}'},
     "record": {"What is said of Tobin?": "Tobin lives in Oslo. Tobin is 51 years old."},
     "formatter": {"Where does Mara live?": '{"person": "Mara", "home": "Lisbon"}'},
-    "mapper": {"Where does Ada live?": f"Region {region_of('Oslo')}."},
+    "mapper": {"Where does Ada live?": f"Ada lives in Oslo. Region {region_of('Oslo')}."},
     "extractor": {"What is said of Tobin?": "home Oslo; age 51."},
     "comparer": {"Who is older, Mara or Tobin?": "Mara is 34 years old. Tobin is 51 years old. So Tobin."},
     "reverse": {"Who lives in Lisbon?": "Mara lives in Lisbon."},
