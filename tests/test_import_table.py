@@ -45,7 +45,7 @@ RULES: dict[str, set[str]] = {
     # They time the bookkeeping itself, which an engine hides.
     "bench.cache_bench": PURE | {"cache"},
     "bench.scheduler_bench": PURE | {"cache", "engine"},
-    "training": PURE | TERMINAL | {"client", "engine", "testing", "torch", "transformers", "peft", "safetensors"},
+    "training": PURE | TERMINAL | {"client", "engine", "testing", "torch", "transformers", "peft", "safetensors", "tokenizers"},
     "client": PURE | {"api", "grpc"},
     # The verbs of the command line that need no server in the same process; ``__main__`` holds those that do.
     "cli": PURE | TERMINAL | {"client", "pydantic"},

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from forkkv_cluster.training.casebook.code_book import region_of
+from forkkv_cluster.training.casebook.generator import Casebook, Fact, build_casebook
+from forkkv_cluster.training.casebook.roles import ROLES, ask
+
+BOOK = Casebook(
+    text="not read",
+    facts=(
+        Fact("Mara", "home", "Lisbon"),
+        Fact("Mara", "age", "34"),
+        Fact("Mara", "manager", "Tobin"),
+        Fact("Tobin", "home", "Oslo"),
+        Fact("Tobin", "age", "51"),
+        Fact("Ada", "home", "Oslo"),
+    ),
+)
+ANSWERS = {
+    "lookup": {"Where does Mara live?": "Mara lives in Lisbon.", "Who does Mara report to?": "Mara reports to Tobin."},
+    "asked_for_json": {"How old is Mara? Answer in JSON.": '{"person": "Mara", "age": 34}'},
+    "record": {"What is said of Tobin?": "Tobin lives in Oslo. Tobin is 51 years old."},
+    "formatter": {"Where does Mara live?": '{"person": "Mara", "home": "Lisbon"}'},
+    "mapper": {"Where does Ada live?": f"Ada lives in Oslo. Region {region_of('Oslo')}."},
+    "extractor": {"What is said of Tobin?": "home Oslo; age 51."},
+    "comparer": {"Who is older, Mara or Tobin?": "Mara is 34 years old. Tobin is 51 years old. So Tobin."},
+    "reverse": {"Who lives in Lisbon?": "Mara lives in Lisbon."},
+    "hop": {"Where does the manager of Mara live?": "Tobin lives in Oslo."},
+    "counter": {"How many people live in Oslo?": "2.", "How many people live in Lisbon?": "1."},
+}
+
+
+@pytest.mark.parametrize("role", sorted(ANSWERS))
+def test_a_role_answers_from_the_facts(role: str) -> None:
+    turns = [turn for seed in range(200) for turn in ask(role, random.Random(seed), BOOK, 1)]
+    answers = {turn.question: turn.answer for turn in turns}
+    assert all(answers[question] == answer for question, answer in ANSWERS[role].items())
+
+
+def test_reverse_lookup_asks_for_no_value_that_two_share() -> None:
+    questions = {turn.question for seed in range(200) for turn in ask("reverse", random.Random(seed), BOOK, 1)}
+    assert questions == {"Who lives in Lisbon?"}
+
+
+def test_no_answer_tells_a_fact_that_another_one_tells() -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        book = build_casebook(rng, 300)
+        told: set[Fact] = set()
+        turns = [turn for role in ("lookup", "formatter", "record") for turn in ask(role, rng, book, 6, told)]
+        facts = [fact for turn in turns for fact in turn.about]
+        assert len(facts) == len(set(facts)) > 6
+
+
+def test_the_counter_counts_from_none_to_several() -> None:
+    rng = random.Random(1)
+    answers = {turn.answer for _ in range(60) for turn in ask("counter", rng, build_casebook(rng, 800), 4)}
+    assert {"0.", "1.", "2.", "3."} <= answers
+
+
+@pytest.mark.parametrize("role", sorted(ROLES))
+def test_every_role_can_be_asked_of_an_ordinary_casebook(role: str) -> None:
+    rng = random.Random(5)
+    turns = ask(role, rng, build_casebook(rng, 1024, "held_out"), 4)
+    assert len(turns) == 4
+    if role in ("formatter", "asked_for_json"):
+        assert all(len(json.loads(turn.answer)) == 2 for turn in turns)
