@@ -52,5 +52,5 @@ class _Masked:
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        logits: Tensor = result + b(a(x.to(a.weight.dtype))) * (module.scaling[active_adapter] * self._active[0])
-        return logits
+        adapted: Tensor = result + b(a(x.to(a.weight.dtype))) * (module.scaling[active_adapter] * self._active[0])
+        return adapted
