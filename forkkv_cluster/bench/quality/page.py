@@ -33,6 +33,7 @@ _TERMS = {
     "isolated itself: the same, run one by one, which is the noise of batch shapes",
     "KL": "KL(isolated | this), nats a position, over the most likely tokens of both and all others as one: a lower bound",
     "identical": "share of free-running answers that are isolated's, token for token",
+    "as alone": "share of answers that stay the same, token for token, where another adapter came first",
     "K / V / hidden": "largest relative error of any layer against isolated: K and V of the shared context as the branch reads "
     "them, hidden states of its own tokens",
 }

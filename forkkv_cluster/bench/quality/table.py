@@ -12,24 +12,20 @@ from forkkv_cluster.bench.quality.stats import Interval
 __all__ = ["COLUMNS", "cells_of", "quality_tables"]
 
 COLUMNS = (
-    "policy",
-    "first",
-    "context",
-    "n",
-    "accuracy",
-    "loss, points",
-    "F1",
-    "agreement",
-    "KL",
-    "identical",
+    "policy", "first", "context", "n", "accuracy", "loss, points", "F1", "agreement", "KL", "identical", "as alone",
     "K / V / hidden",
-)
+)  # fmt: skip
 """Of one row; the adapter heads its table."""
 
 
 def quality_tables(rows: Sequence[Row]) -> list[Table]:
-    """One for each adapter."""
-    return [_table(name, [row for row in rows if row.adapter == name]) for name in dict.fromkeys(row.adapter for row in rows)]
+    """One for each adapter, of the rows over all lengths: the reports have the others."""
+    by_adapter: dict[str, list[Row]] = {}
+    for row in rows:
+        by_adapter.setdefault(row.adapter, []).append(row)
+    return [
+        _table(name, [row for row in own if row.context_tokens == own[0].context_tokens]) for name, own in by_adapter.items()
+    ]
 
 
 def _table(name: str, rows: Sequence[Row]) -> Table:
@@ -55,6 +51,7 @@ def cells_of(row: Row) -> list[str]:
         percent(row.agreement),
         f"{row.kl:.4f}",
         f"{100 * row.identical.value:.1f} %",
+        f"{100 * row.same_as_alone:.1f} %" if row.same_as_alone is not None else "",
         " / ".join(f"{max(row.errors[name]):.3f}" for name in ("k", "v", "hidden")) if row.errors else "",
     ]
 
