@@ -20,12 +20,23 @@ from forkkv_cluster.bench.quality.policies import Policy
 from forkkv_cluster.core.errors import ForkKVError, InvalidArgument
 from forkkv_cluster.core.request import WriterMode
 
-__all__ = ["quality"]
+__all__ = ["HELP", "quality"]
 
 CASEBOOK = "casebook"
 _ADAPTER_HELP = "NAME=DIR of a PEFT adapter; repeatable. Each is measured; several are needed for orders of arrival."
 _SAMPLES_HELP = "A JSON lines file, see below, or `casebook`: generated ones."
 _ARRIVALS_HELP = "Orders of arrival: 1, the adapter comes first; each further one, another adapter before it."
+HELP = (
+    "Measure what sharing a context costs each adapter: right answers, tokens, KV.\n\n"
+    "Every sample is answered under each policy on an engine of this process and compared with `isolated`, which is exact: "
+    "accuracy and F1 with intervals of 95 %, the paired loss, agreement and KL along isolated's own answer, relative errors "
+    "of K, V and hidden states by layer. `dropped` is the known bad case, in which the residual of the shared context is "
+    "ignored; `unadapted` is the base model alone.\n\n"
+    'A line of --samples: {"context": ..., "question": ..., "answer": ...}, and if wanted "adapter" (else all answer it), '
+    '"role" (scored as that casebook role) and "context_tokens" (the length it is listed under). The question is tokenised '
+    "as it stands, with whatever layout the adapter expects.\n\n"
+    "Example: forkkv bench quality ./model --adapter mapper=./mapper --adapter hop=./hop --html quality.html"
+)
 console = Console(stderr=True)
 
 
@@ -50,19 +61,7 @@ def quality(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write the report here, with charts, as one page.")] = None,
 ) -> None:
-    """Measure what sharing a context costs each adapter: right answers, tokens, KV.
-
-    Every sample is answered under each policy on an engine of this process and compared with `isolated`, which is exact:
-    accuracy and F1 with intervals of 95 %, the paired loss, agreement and KL along isolated's own answer, relative errors of
-    K, V and hidden states by layer. `dropped` is the known bad case, in which the residual of the shared context is ignored;
-    `unadapted` is the base model alone.
-
-    A line of --samples: {"context": ..., "question": ..., "answer": ...}, and if wanted "adapter" (else all answer it),
-    "role" (scored as that casebook role) and "context_tokens" (the length it is listed under). The question is tokenised as
-    it stands, with whatever layout the adapter expects.
-
-    Example: forkkv bench quality ./model --adapter mapper=./mapper --adapter hop=./hop --html quality.html
-    """
+    """Measure, write the reports, print the tables. Ends with code 2 for an argument that cannot be, 1 for other errors."""
     from forkkv_cluster.bench.quality.table import quality_tables
 
     try:

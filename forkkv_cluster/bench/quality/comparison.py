@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ class Row:
     accuracy, f1            share of right answers (Wilson); mean F1 over words (bootstrap)
     accuracy_loss, f1_loss  of isolated less this, on the same samples: above 0 is worse (Newcombe; bootstrap of differences)
     agreement               share of teacher-forced positions with isolated's most likely token (Wilson)
-    kl                      mean KL(isolated | this), nats a position, over the tokens among the most likely of both and all
-                            others taken together: never more than the whole KL
+    kl                      mean KL(isolated | this), nats a position, over the tokens among the most likely of both, that of
+                            isolated's answer, and all others taken together: never more than the whole KL
     identical               share of free-running answers that are isolated's, token for token (Wilson)
     divergence              median index of the first other token, over the answers that differ; None without such
     same_as_alone           share of answers that are those of the same cell without anybody before; None where nobody was
@@ -90,7 +90,20 @@ def compared(reference: PromptLogprobs, other: PromptLogprobs) -> Agreement:
     if not np.array_equal(reference.token_ids, other.token_ids):
         raise ValueError("two scores of different tokens")
     num_others = int((reference.top_ids[:, 0] != other.top_ids[:, 0]).sum())
-    return Agreement(len(reference.token_ids), num_others, float(kl_of_top(reference, other).sum()))
+    kl = kl_of_top(_with_forced(reference, -1), _with_forced(other, -2))
+    return Agreement(len(reference.token_ids), num_others, float(kl.sum()))
+
+
+def _with_forced(scores: PromptLogprobs, nobody: int) -> PromptLogprobs:
+    """The forced token listed at each position, too: where its most likely ones lack it, one list could miss all of the other.
+    Where they have it, ``nobody`` is listed instead, an id that no token and no other list has."""
+    is_listed = (scores.top_ids == scores.token_ids[:, None]).any(axis=1)
+    ids = np.where(is_listed, nobody, scores.token_ids).astype(np.int32)
+    return replace(
+        scores,
+        top_ids=np.column_stack([scores.top_ids, ids]),
+        top_logprobs=np.column_stack([scores.top_logprobs, scores.logprobs]),
+    )
 
 
 def rows_of(

@@ -31,7 +31,8 @@ _TERMS = {
     "loss": "accuracy of isolated less this, in points, on the same samples; Newcombe's paired interval of 95 %",
     "agreement": "share of positions of isolated's answer, teacher-forced, at which the most likely token is the same. Of "
     "isolated itself: the same, run one by one, which is the noise of batch shapes",
-    "KL": "KL(isolated | this), nats a position, over the most likely tokens of both and all others as one: a lower bound",
+    "KL": "KL(isolated | this), nats a position, over the most likely tokens of both, that of the answer, and all others "
+    "as one: a lower bound",
     "identical": "share of free-running answers that are isolated's, token for token",
     "as alone": "share of answers that stay the same, token for token, where another adapter came first",
     "K / V / hidden": "largest relative error of any layer against isolated: K and V of the shared context as the branch reads "

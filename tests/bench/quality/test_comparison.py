@@ -40,6 +40,13 @@ def test_positions_agree_where_the_most_likely_tokens_do():
     assert found.kl_sum == pytest.approx(0.5 * np.log(3), rel=1e-3)
 
 
+def test_a_forced_token_that_another_list_lacks_still_counts_in_kl():
+    reference, other = scored([1], [1]), scored([1], [7])
+    other.logprobs[:] = np.log(0.05)
+    expected = 0.75 * np.log(0.75 / 0.05) + 0.25 * np.log(0.25 / 0.25) + 0.0  # token 1, token 9, all others (none in one)
+    assert compared(reference, other).kl_sum == pytest.approx(expected, abs=1e-3)
+
+
 def test_scores_of_different_tokens_are_not_compared():
     with pytest.raises(ValueError, match="different tokens"):
         compared(scored([1, 2], [1, 2]), scored([1, 3], [1, 3]))
