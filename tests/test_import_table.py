@@ -45,6 +45,8 @@ RULES: dict[str, set[str]] = {
     # They time the bookkeeping itself, which an engine hides.
     "bench.cache_bench": PURE | {"cache"},
     "bench.scheduler_bench": PURE | {"cache", "engine"},
+    # Its samples are those that the shipped adapters were trained on, and it reads K, V and hidden states as tensors.
+    "bench.quality": PURE | TERMINAL | {"engine", "forkkv_kernels", "torch", "transformers", "training.casebook"},
     "training": PURE | TERMINAL | {"client", "engine", "testing", "torch", "transformers", "peft", "safetensors", "tokenizers"},
     "client": PURE | {"api", "grpc"},
     # The verbs of the command line that need no server in the same process; ``__main__`` holds those that do.

@@ -16,6 +16,8 @@ from forkkv_cluster.bench.cache_bench import measure
 from forkkv_cluster.bench.grpc_target import GrpcTarget
 from forkkv_cluster.bench.measurement import check_can_write, measurement_table, write_json
 from forkkv_cluster.bench.offline import OfflineTarget
+from forkkv_cluster.bench.quality.cli import HELP as QUALITY_HELP
+from forkkv_cluster.bench.quality.cli import quality
 from forkkv_cluster.bench.report_table import report_tables
 from forkkv_cluster.bench.runner import RunResult, run_trace
 from forkkv_cluster.bench.soak_view import soak_progress, soak_table
@@ -27,6 +29,7 @@ from forkkv_cluster.core.errors import ForkKVError, InvalidArgument
 from forkkv_cluster.core.request import Sharing, WriterMode
 
 app = typer.Typer(no_args_is_help=True, help="Run traces and report what they cost.")
+app.command(help=QUALITY_HELP)(quality)
 console = Console(stderr=True)
 
 

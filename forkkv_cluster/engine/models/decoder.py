@@ -60,6 +60,8 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
+        self.on_layer: Callable[[int, Tensor], None] | None = None
+        """For measurements: called after each layer with its index and the hidden states [T, H] of all rows."""
 
     @property
     def k_norms(self) -> tuple[Tensor, ...]:
@@ -81,6 +83,8 @@ class Decoder:
             x = add_rms_norm_(hidden, _linear(attended, weights.o, lora, index, "o"), weights.post_norm, eps)
             gate_up = _linear(x, weights.gate_up, lora, index, "gate_up")
             delta = _linear(silu_mul(gate_up), weights.down, lora, index, "down")
+            if self.on_layer is not None:
+                self.on_layer(index, hidden + delta)
         if delta is not None:
             hidden += delta
         return hidden[step.output_rows]
