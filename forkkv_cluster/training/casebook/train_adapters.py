@@ -33,7 +33,7 @@ def main(
     steps: int = 4_000,
     max_seconds: Annotated[float, typer.Option(help="For each adapter.")] = float("inf"),
     batch_tokens: int = 8_192,
-    stage: Annotated[int, typer.Option(help="Longest contexts to train on, by bucket.")] = len(BUCKETS) - 1,
+    stage: Annotated[int, typer.Option(help="Longest contexts to begin with, by bucket.")] = len(BUCKETS) - 1,
     lr: Annotated[float | None, typer.Option(help="Instead of the adapter's own.")] = None,
     seed: int = 0,
     workers: Annotated[int, typer.Option(help="Processes that draw casebooks; 0: none but this one.")] = 0,
