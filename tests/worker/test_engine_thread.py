@@ -149,6 +149,7 @@ async def test_closing_a_stream_early_frees_the_request_in_the_engine(gated: Har
     await stream.aclose()
     assert len(gated.thread.request_ids) == 1, "it holds pages until the engine has let go"
     gated.engine.gate.release(100)
+    await gated.until_idle()
     status = await gated.thread.call(lambda engine: engine.status())
     assert status.num_running == 0
     assert status.counters.num_failed == 1
