@@ -51,7 +51,7 @@ RULES: dict[str, set[str]] = {
     "client": PURE | {"api", "grpc"},
     # The verbs of the command line that need no server in the same process; ``__main__`` holds those that do.
     "cli": PURE | TERMINAL | {"client", "pydantic"},
-    "forkkv_kernels": {"numpy", "torch", "triton"},
+    "forkkv_kernels": {"torch", "triton"},
 }
 COMPOSITION_ROOTS = {"app", "preflight", "__main__"}
 """May import everything; nothing but each other may import them."""

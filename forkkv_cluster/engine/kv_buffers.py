@@ -27,7 +27,8 @@ class KVBuffers:
         )
         if device.type == "cpu":
             prefer_huge_pages(self.arena)
-            # Memory is handed out on first touch; without this the first requests pay for it, up to 0.6 s for 800 MB.
+            # Memory is handed out on first touch; without this the first requests pay for it: 0.6 s of one
+            # step that wrote 400 MB in a virtual machine.
             self.arena.view(-1)[:: _PAGE_BYTES // dtype.itemsize] = 0
         self._base = self.arena.view(geometry.num_layers, 2, -1, geometry.num_kv_heads, geometry.head_dim)
         self._residual = {c: self.arena.view(geometry.num_layers, 2, -1, c) for c in geometry.rank_classes}

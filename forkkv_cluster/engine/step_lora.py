@@ -13,7 +13,8 @@ from forkkv_cluster.engine.layers.lora import FusedLora
 from forkkv_cluster.engine.step_inputs import StepInputs
 
 MAX_SHORT_ROWS = 16
-"""Rows of a segment up to which it counts as short: products of their own pay for their calls with more."""
+"""Rows of a segment up to which it counts as short: with more, products of their own pay for their calls. An estimate, not
+swept."""
 
 
 class StepLora:

@@ -29,7 +29,8 @@ def add_lora_rows_(out: Tensor, x: Tensor, segments: int, num_segments: int) -> 
     """out [T, O] += the LoRA of every segment, all in one call, for segments of few rows. x [T, in]; both contiguous.
 
     segments: address of a table [num_segments, LORA_SEGMENT_FIELDS] of 64-bit integers; whoever builds it keeps what its
-    addresses point at. The shrink stays in fp32. 8 adapters of rank 16 on q, k and v of a 768-wide layer take 0.02 ms.
+    addresses point at. The shrink stays in fp32. 8 adapters of rank 16 on q, k and v of a 768-wide layer take 0.06 ms
+    within a decode step on two cores.
     """
     functions = functions_for(x)
     if functions is None:
