@@ -42,14 +42,17 @@ setup: $(READY)  ## Only the set-up: virtual environment, pinned dependencies, e
 demo: $(READY)  ## Eight agents over one document, shared and not, on a cluster of two workers
 	@$(BIN)/forkkv demo $(ARGS)
 
-# The second run, left out where ARGS choose tests: the references, which serve where there is no compiler and on other devices.
+# Further runs, left out where ARGS choose tests: Triton kernels in the interpreter, which is chosen before Triton is imported;
+# the references, which serve where there is no compiler and on other devices.
 test: $(READY)  ## The tests, without those marked slow or gpu
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu and not interpreter" $(ARGS)
+	@test -n "$(ARGS)" || TRITON_INTERPRET=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q \
+		-m "interpreter and not slow and not gpu" tests/kernels
 	@test -n "$(ARGS)" || FORKKV_CPU_KERNELS=0 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q \
 		tests/engine/test_parity_matrix.py tests/engine/test_merged_keys_in_engine.py tests/engine/test_qwen3.py
 
 test-slow: $(READY)  ## The tests marked slow: the state machines for many more steps, others on each run
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow and not gpu and not interpreter" $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, and whether generated files are fresh
 	@$(BIN)/ruff check .
