@@ -201,6 +201,9 @@ class WorkerConfig(_Section):
     num_cpus: Annotated[float, Field(ge=0, description="CPUs that Ray reserves for each worker.")] = 0.5
     num_gpus: Annotated[float, Field(ge=0, description="GPUs that Ray reserves for each worker.")] = 0.0
     num_threads: Annotated[int, Field(ge=1, description="Compute threads of each worker (CPU only).")] = 1
+    tensor_parallel: Annotated[
+        int, Field(ge=1, description="Processes that one worker's model is cut over; on GPUs, one each: set num_gpus to it.")
+    ] = 1
     flush_interval_s: Annotated[float, Field(ge=0, description="Tokens are coalesced for at most this long, seconds.")] = 0.02
     stats_interval_s: Annotated[float, Field(gt=0, description="Period of load reports to the router, seconds.")] = 0.2
 

@@ -22,6 +22,7 @@ from forkkv_cluster.engine.digest import digest_files
 from forkkv_cluster.engine.layers.lora import FusedLora, LoraFactors, LoraPart, fuse
 from forkkv_cluster.engine.models.config import ModelConfig, read_json
 from forkkv_cluster.engine.safetensors_reader import SafetensorsReader
+from forkkv_cluster.engine.shard import WHOLE, Shard
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -153,8 +154,11 @@ def load_adapter(
     dtype: torch.dtype,
     device: torch.device,
     k_norms: Sequence[Tensor] = (),
+    shard: Shard = WHOLE,
 ) -> AdapterWeights:
     """Read a PEFT directory and fuse its factors for ``model``; ``k_norms`` [D] by layer is what its family normalises K with.
+
+    ``geometry`` is that of ``shard``, the part of the whole ``model`` for which the adapter is cut.
 
     Raises InvalidArgument for missing or corrupt files, a wrong dtype, or shapes of another base model (the tensor, its
     shape and the expected one are named), and Unsupported for LoRA variants that are not plain LoRA.
@@ -166,7 +170,8 @@ def load_adapter(
     invocation_tokens = _invocation_tokens(config, model.vocab_size)
     factors = _read_factors(directory / WEIGHTS_FILE, config, model, dtype, device)
     norms = zip(range(model.num_layers), k_norms if model.qk_norm else [None] * model.num_layers, strict=True)
-    layers = tuple(_fuse_layer(factors.get(index, {}), model, norm) for index, norm in norms)
+    own_model = shard.config(model)
+    layers = tuple(_fuse_layer(shard.factors(factors.get(index, {})), own_model, norm) for index, norm in norms)
     targeted = {module for layer in factors.values() for module in layer}
     residual_rank = _residual_rank(layers, geometry) if not invocation_tokens else 0
     has_residual = 0 < residual_rank <= geometry.rank_classes[-1]

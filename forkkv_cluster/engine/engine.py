@@ -94,10 +94,10 @@ class Engine:
         """Load the configured model and adapters. Raises InvalidArgument or Unsupported that names the bad field."""
         import torch  # Here: an engine over a fake runner needs no torch.
 
-        from forkkv_cluster.engine.torch_runner import TorchRunner
+        from forkkv_cluster.engine.make_runner import make_runner
 
         torch.set_num_threads(config.worker.num_threads)
-        runner = TorchRunner.from_config(config)
+        runner = make_runner(config)
         engine = cls(
             runner,
             config.cache.kv_bytes,

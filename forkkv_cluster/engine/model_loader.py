@@ -16,6 +16,7 @@ from forkkv_cluster.engine.models.config import ModelConfig, parse_config, read_
 from forkkv_cluster.engine.models.decoder import Decoder, load_decoder
 from forkkv_cluster.engine.models.registry import family_of
 from forkkv_cluster.engine.safetensors_reader import SafetensorsReader
+from forkkv_cluster.engine.shard import WHOLE, Shard
 
 LOAD_FORMATS = ("auto", "dummy")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,12 +25,13 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints ca
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """Weights on the device, and what identifies them."""
+    """Weights on the device, and what identifies them. ``config`` is the whole model's; ``model`` is the part of ``shard``."""
 
     model: Decoder
     config: ModelConfig
     digest: str
     dtype: torch.dtype
+    shard: Shard = WHOLE
 
 
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -62,8 +64,10 @@ def read_model_config(directory: Path) -> ModelConfig:
     return parse_config(raw, family_of(raw.get("architectures")), read_json(generation) if generation.exists() else {})
 
 
-def load_model(path: str | Path, dtype: str, device: torch.device, load_format: str = "auto") -> LoadedModel:
-    """Read a checkpoint; ``load_format`` ``dummy`` reads its config.json alone and makes the weights up.
+def load_model(
+    path: str | Path, dtype: str, device: torch.device, load_format: str = "auto", shard: Shard = WHOLE
+) -> LoadedModel:
+    """Read a checkpoint, or one rank's part; ``load_format`` ``dummy`` reads its config.json alone and makes the weights up.
 
     Raises InvalidArgument, naming the file or tensor, for missing or corrupt files and wrong shapes; Unsupported for
     models that this engine does not run and for an unknown format.
@@ -72,19 +76,19 @@ def load_model(path: str | Path, dtype: str, device: torch.device, load_format: 
         raise Unsupported("load_format", load_format, "is not supported", f"Use one of {', '.join(LOAD_FORMATS)}.")
     directory = Path(path)
     config = read_model_config(directory)
+    own_config = shard.config(config)
     torch_dtype = resolve_dtype(dtype, config, device)
     if load_format == "dummy":
         std = read_json(directory / "config.json").get("initializer_range")
         dummy = DummyWeights(torch_dtype, device, float(std or 0.02))
-        return LoadedModel(
-            load_decoder(config, dummy.take), config, dummy.digest(digest_files([directory / "config.json"])), torch_dtype
-        )
+        model = load_decoder(own_config, shard.take(dummy.take))
+        return LoadedModel(model, config, dummy.digest(digest_files([directory / "config.json"])), torch_dtype, shard)
     shards = _weight_files(directory)
     with ExitStack() as stack:
         checkpoint = _Checkpoint([stack.enter_context(SafetensorsReader(shard)) for shard in shards], torch_dtype, device)
-        model = load_decoder(config, checkpoint.take)
+        model = load_decoder(own_config, shard.take(checkpoint.take))
         checkpoint.check_all_taken(config)
-    return LoadedModel(model, config, digest_files([directory / "config.json", *shards]), torch_dtype)
+    return LoadedModel(model, config, digest_files([directory / "config.json", *shards]), torch_dtype, shard)
 
 
 def _weight_files(directory: Path) -> list[Path]:

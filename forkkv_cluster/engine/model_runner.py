@@ -26,6 +26,7 @@ from forkkv_cluster.engine.models.config import ModelConfig
 from forkkv_cluster.engine.page_copies import copy_in, copy_out
 from forkkv_cluster.engine.scores import TokenScores
 from forkkv_cluster.engine.scoring import score_in_chunks
+from forkkv_cluster.engine.shard import WHOLE, Shard
 from forkkv_cluster.engine.step_inputs import step_inputs
 
 _HOST = torch.device("cpu")
@@ -40,7 +41,9 @@ class ModelRunner:
         Raises InvalidArgument for one beyond it, Unsupported for one at which the rotary frequencies follow the length or a
         sliding window hides tokens.
         """
-        config = loaded.config
+        self._whole_config = loaded.config
+        self._shard = loaded.shard
+        config = loaded.shard.config(loaded.config)
         _check_length(config, max_model_len or config.max_position)
         self.config = config
         self.dtype = loaded.dtype
@@ -64,11 +67,11 @@ class ModelRunner:
     @classmethod
     def from_directory(
         cls, path: str | Path, *, name: str = "", dtype: str = "auto", device: str = "auto", page_size: int = 64,
-        max_model_len: int = 0, load_format: str = "auto",
+        max_model_len: int = 0, load_format: str = "auto", shard: Shard = WHOLE,
     ) -> Self:  # fmt: skip
         """Load a checkpoint. ``name`` defaults to the directory's. Raises as ``model_loader.load_model``."""
         torch_device = resolve_device(device)
-        loaded = load_model(path, dtype, torch_device, load_format)
+        loaded = load_model(path, dtype, torch_device, load_format, shard)
         return cls(loaded, name=name or Path(path).name, page_size=page_size, max_model_len=max_model_len, device=torch_device)
 
     @property
@@ -98,7 +101,11 @@ class ModelRunner:
 
     def read_adapter(self, name: str, path: str | Path) -> AdapterWeights:
         """Read a PEFT directory into host memory. Safe on any thread. Raises as ``adapters.load_adapter``."""
-        return load_adapter(name, path, self.config, self.geometry, self.dtype, _HOST, self._model.k_norms)
+        return self._read_for(self._shard, name, path)
+
+    def _read_for(self, shard: Shard, name: str, path: str | Path) -> AdapterWeights:
+        norms = self._model.k_norms
+        return load_adapter(name, path, self._whole_config, self.geometry, self.dtype, _HOST, norms, shard)
 
     def place_adapter(self, weights: Weights) -> int:
         """Copy weights that ``read_adapter`` gave to the device, into the lowest free slot; on a CPU they are shared."""

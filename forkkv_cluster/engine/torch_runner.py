@@ -20,6 +20,19 @@ from forkkv_cluster.engine.sampler import SampledToken, sample
 from forkkv_cluster.engine.sampling_row import SamplingRow
 
 
+def options_of(config: ClusterConfig) -> dict[str, Any]:
+    """Arguments of ``ModelRunner.from_directory``."""
+    model = config.model
+    return {
+        "name": model.name,
+        "dtype": model.dtype,
+        "device": model.device,
+        "page_size": config.cache.page_size,
+        "max_model_len": model.max_model_len,
+        "load_format": model.load_format,
+    }
+
+
 class TorchRunner(ModelRunner):
     """One forward pass and one sampled token for each logit row."""
 
@@ -41,15 +54,7 @@ class TorchRunner(ModelRunner):
     @classmethod
     def from_config(cls, config: ClusterConfig) -> TorchRunner:
         """Load the configured model. Raises InvalidArgument or Unsupported that names the bad field."""
-        runner = cls.from_directory(
-            config.model.path,
-            name=config.model.name,
-            dtype=config.model.dtype,
-            device=config.model.device,
-            page_size=config.cache.page_size,
-            max_model_len=config.model.max_model_len,
-            load_format=config.model.load_format,
-        )
+        runner = cls.from_directory(config.model.path, **options_of(config))
         if not isinstance(runner, cls):
             raise TypeError(f"from_directory made a {type(runner).__name__}")
         return runner

@@ -60,6 +60,8 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
+        self.reduce: Callable[[Tensor], Tensor] = lambda partial: partial
+        """What the o and down products go through: with several ranks, [T, H] of this one -> the sum over all of them."""
         self.on_layer: Callable[[int, Tensor], None] | None = None
         """For measurements: called after each layer with its index and the hidden states [T, H] of all rows."""
 
@@ -80,9 +82,10 @@ class Decoder:
             if index == self.config.num_layers - 1 and len(step.output_rows) == 0:
                 break  # A pass for its KV alone: nobody reads what the last layer would compute.
             attended = attention.run(index, q).flatten(1)
-            x = add_rms_norm_(hidden, _linear(attended, weights.o, lora, index, "o"), weights.post_norm, eps)
+            attended = self.reduce(_linear(attended, weights.o, lora, index, "o"))
+            x = add_rms_norm_(hidden, attended, weights.post_norm, eps)
             gate_up = _linear(x, weights.gate_up, lora, index, "gate_up")
-            delta = _linear(silu_mul(gate_up), weights.down, lora, index, "down")
+            delta = self.reduce(_linear(silu_mul(gate_up), weights.down, lora, index, "down"))
             if self.on_layer is not None:
                 self.on_layer(index, hidden + delta)
         if delta is not None:
