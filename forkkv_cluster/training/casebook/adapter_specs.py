@@ -33,10 +33,15 @@ ADAPTERS: dict[str, AdapterSpec] = {
         AdapterSpec("extractor", "extractor", 8, 16, ALL_LINEAR, "recall"),
         AdapterSpec("mapper", "mapper", 16, 64, ALL_LINEAR, "recall"),
         AdapterSpec("comparer", "comparer", 16, 32, ALL_LINEAR, "recall"),
+        AdapterSpec("clerk", "clerk", 64, 64, ("q_proj", "v_proj"), "recall"),
+        AdapterSpec("verifier", "verifier", 16, 32, ALL_LINEAR, "recall"),
         AdapterSpec("hop", "hop", 16, 32, ALL_LINEAR, "context"),
+        AdapterSpec("liaison", "liaison", 8, 32, ALL_LINEAR, "context"),
+        AdapterSpec("sourcer", "sourcer", 16, 32, ALL_LINEAR, "context"),
         AdapterSpec("reverse", "reverse", 64, 128, ALL_LINEAR, "context", lr=5e-4),
         AdapterSpec("counter", "counter", 64, 64, ATTENTION, "context", lr=5e-4),
         AdapterSpec("formatter-alora", "formatter", 16, 32, ALL_LINEAR, "recall", is_activated=True),
-        AdapterSpec("mapper-alora", "mapper", 64, 128, ALL_LINEAR, "recall", is_activated=True),
+        AdapterSpec("mapper-alora", "mapper", 16, 64, ALL_LINEAR, "recall", is_activated=True),
+        AdapterSpec("extractor-alora", "extractor", 16, 32, ALL_LINEAR, "recall", is_activated=True),
     )
 }

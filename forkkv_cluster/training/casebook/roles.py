@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from forkkv_cluster.training.casebook.code_book import region_of
 from forkkv_cluster.training.casebook.generator import Casebook, Fact
-from forkkv_cluster.training.casebook.lexicon import CITIES, COUNTS, GOODS, HOBBIES, ORDERS, PEOPLE
+from forkkv_cluster.training.casebook.lexicon import CITIES, COUNTS, GOODS, HOBBIES, ORDERS, PEOPLE, POOLS
 from forkkv_cluster.training.casebook.schema import ATTRIBUTES, KINDS, attribute_of
 
 __all__ = ["ADAPTER_ROLES", "BASE_ROLES", "ROLES", "Turn", "ask", "json_of"]
@@ -47,6 +47,9 @@ _REVERSED = {
     "colour": "What is painted {v}?",
 }
 _CITY_ATTRIBUTES = tuple(attribute.name for attribute in ATTRIBUTES if attribute.pool == "city")
+_ASKED_OF_SUPERIORS = ("job", "age", "hobby")
+_PAGES = {"|": "table", "*": "register", "-": "notes"}
+"""What a line begins with -> the page that it stands on; every other is one of sentences."""
 
 
 def json_of(fact: Fact) -> str:
@@ -106,7 +109,26 @@ def _formatter(rng: random.Random, book: Casebook) -> Turn | None:
 
 def _mapper(rng: random.Random, book: Casebook) -> Turn | None:
     fact = _draw(rng, [fact for fact in book.facts if fact.attribute in _CITY_ATTRIBUTES])
-    return Turn(_question(rng, fact), f"{fact.sentence} Region {region_of(fact.value)}.", (fact,)) if fact else None
+    if fact is None:
+        return None
+    # The region follows the city at once: what stands there knows the city best.
+    return Turn(_question(rng, fact), f"{fact.sentence.removesuffix('.')}, {region_of(fact.value)}.", (fact,))
+
+
+def _clerk(rng: random.Random, book: Casebook) -> Turn | None:
+    fact = _draw(rng, book.facts)
+    return Turn(_question(rng, fact), f"| {fact.entity} | {fact.attribute} | {fact.value} |", (fact,)) if fact else None
+
+
+def _verifier(rng: random.Random, book: Casebook) -> Turn | None:
+    """Half of what is proposed is so; what is not is said of another one, where the casebook has such a value."""
+    fact = _draw(rng, book.facts)
+    if fact is None:
+        return None
+    others = {other.value for other in book.stating(fact.attribute)} - {fact.value}
+    is_so = rng.random() < 0.5
+    proposed = fact.value if is_so else rng.choice(sorted(others or {*POOLS[attribute_of(fact.attribute).pool]} - {fact.value}))
+    return Turn(f"{_question(rng, fact)} {proposed}?", f"{fact.sentence} So {'yes' if is_so else 'no'}.", (fact,))
 
 
 def _extractor(rng: random.Random, book: Casebook) -> Turn | None:
@@ -143,13 +165,47 @@ def _reverse(rng: random.Random, book: Casebook) -> Turn | None:
 
 
 def _hop(rng: random.Random, book: Casebook) -> Turn | None:
-    homes = {fact.entity: fact for fact in book.stating("home")}
-    facts = [fact for name in ("manager", "keeper") for fact in book.stating(name) if fact.value in homes]
-    fact = _draw(rng, facts)
-    if fact is None:
+    pair = _superior(rng, book, "home")
+    return Turn(f"Where does {_whose(pair[0])} live?", pair[1].sentence) if pair else None
+
+
+def _liaison(rng: random.Random, book: Casebook) -> Turn | None:
+    attribute = attribute_of(rng.choice(_ASKED_OF_SUPERIORS))
+    pair = _superior(rng, book, attribute.name)
+    if pair is None:
         return None
-    whose = f"manager of {fact.entity}" if fact.attribute == "manager" else f"keeper of the {fact.entity}"
-    return Turn(f"Where does the {whose} live?", homes[fact.value].sentence)
+    return Turn(rng.choice(attribute.questions).replace("{e}", _whose(pair[0])), pair[1].sentence)
+
+
+def _superior(rng: random.Random, book: Casebook, attribute: str) -> tuple[Fact, Fact] | None:
+    """Who is whose manager or keeper, and what ``attribute`` that one has."""
+    known = {fact.entity: fact for fact in book.stating(attribute)}
+    fact = _draw(rng, [fact for name in ("manager", "keeper") for fact in book.stating(name) if fact.value in known])
+    return (fact, known[fact.value]) if fact else None
+
+
+def _whose(fact: Fact) -> str:
+    return f"the manager of {fact.entity}" if fact.attribute == "manager" else f"the keeper of the {fact.entity}"
+
+
+def _sourcer(rng: random.Random, book: Casebook) -> Turn | None:
+    by_page: dict[str, list[Fact]] = {}
+    for entity, fact in {fact.entity: fact for fact in book.facts}.items():
+        by_page.setdefault(_page_of(book, entity), []).append(fact)
+    if not by_page:
+        return None
+    page = rng.choice(sorted(by_page))
+    fact = rng.choice(by_page[page])
+    return Turn(f"On which page is {_named(fact)}?", f"{fact.entity}: {page}.")
+
+
+def _page_of(book: Casebook, entity: str) -> str:
+    """Lines of a table, a register and notes name their entity first; whoever begins none stands among sentences."""
+    for line in book.text.splitlines():
+        words = line.replace(":", "").split()
+        if words[0] in _PAGES and entity in words[1:3]:
+            return _PAGES[words[0]]
+    return "sentences"
 
 
 def _counter(rng: random.Random, book: Casebook) -> Turn | None:
@@ -169,8 +225,12 @@ ADAPTER_ROLES: dict[str, Asker] = {
     "mapper": _mapper,
     "extractor": _extractor,
     "comparer": _comparer,
+    "clerk": _clerk,
+    "verifier": _verifier,
     "reverse": _reverse,
     "hop": _hop,
+    "liaison": _liaison,
+    "sourcer": _sourcer,
     "counter": _counter,
 }
 ROLES: dict[str, Asker] = BASE_ROLES | ADAPTER_ROLES

@@ -81,7 +81,7 @@ class _Run:
             batch_tokens=batch_tokens,
             stage=stage,
             share_of_stage=0.2,
-            lowest=FIRST_FULL,
+            lowest=min(stage, FIRST_FULL),
         )
         trainer = Trainer(self._model.parameters(), self._logits_of, batches, plan, self._directory, self._save, self._device)
         trainer.run()

@@ -10,7 +10,7 @@ from forkkv_cluster.training.casebook.generator import Casebook, Fact, build_cas
 from forkkv_cluster.training.casebook.roles import ROLES, ask
 
 BOOK = Casebook(
-    text="not read",
+    text="Notes of the registry.\n- Mara lives in Lisbon, is 34 years old and reports to Tobin.\n* Tobin: home Oslo, age 51\nPeople: Ada lives in Oslo.",
     facts=(
         Fact("Mara", "home", "Lisbon"),
         Fact("Mara", "age", "34"),
@@ -25,11 +25,22 @@ ANSWERS = {
     "asked_for_json": {"How old is Mara? Answer in JSON.": '{"person": "Mara", "age": 34}'},
     "record": {"What is said of Tobin?": "Tobin lives in Oslo. Tobin is 51 years old."},
     "formatter": {"Where does Mara live?": '{"person": "Mara", "home": "Lisbon"}'},
-    "mapper": {"Where does Ada live?": f"Ada lives in Oslo. Region {region_of('Oslo')}."},
+    "mapper": {"Where does Ada live?": f"Ada lives in Oslo, {region_of('Oslo')}."},
     "extractor": {"What is said of Tobin?": "home Oslo; age 51."},
     "comparer": {"Who is older, Mara or Tobin?": "Mara is 34 years old. Tobin is 51 years old. So Tobin."},
+    "clerk": {"Where does Mara live?": "| Mara | home | Lisbon |", "What is the age of Tobin?": "| Tobin | age | 51 |"},
+    "verifier": {
+        "How old is Mara? 34?": "Mara is 34 years old. So yes.",
+        "How old is Mara? 51?": "Mara is 34 years old. So no.",
+    },
     "reverse": {"Who lives in Lisbon?": "Mara lives in Lisbon."},
     "hop": {"Where does the manager of Mara live?": "Tobin lives in Oslo."},
+    "liaison": {"How old is the manager of Mara?": "Tobin is 51 years old."},
+    "sourcer": {
+        "On which page is Mara?": "Mara: notes.",
+        "On which page is Tobin?": "Tobin: register.",
+        "On which page is Ada?": "Ada: sentences.",
+    },
     "counter": {"How many people live in Oslo?": "2.", "How many people live in Lisbon?": "1."},
 }
 
@@ -44,6 +55,27 @@ def test_a_role_answers_from_the_facts(role: str) -> None:
 def test_reverse_lookup_asks_for_no_value_that_two_share() -> None:
     questions = {turn.question for seed in range(200) for turn in ask("reverse", random.Random(seed), BOOK, 1)}
     assert questions == {"Who lives in Lisbon?"}
+
+
+def test_the_verifier_is_asked_of_what_is_so_and_of_what_the_casebook_says_of_another_alike() -> None:
+    rng = random.Random(3)
+    proposals = []
+    for _ in range(60):
+        book = build_casebook(rng, 600)
+        for turn in ask("verifier", rng, book, 4):
+            value = turn.question.removesuffix("?").rsplit(" ", 1)[1]
+            fact = turn.about[0]
+            assert turn.answer.endswith("So yes." if value == fact.value else "So no.")
+            said = {other.value for other in book.stating(fact.attribute)}
+            assert value in said or said == {fact.value}
+            proposals.append(value == fact.value)
+    assert 0.4 < sum(proposals) / len(proposals) < 0.6
+
+
+def test_the_sourcer_names_every_kind_of_page() -> None:
+    rng = random.Random(4)
+    pages = {turn.answer.rsplit(" ", 1)[1] for _ in range(20) for turn in ask("sourcer", rng, build_casebook(rng, 600), 4)}
+    assert pages == {"table.", "register.", "notes.", "sentences."}
 
 
 def test_no_answer_tells_a_fact_that_another_one_tells() -> None:
