@@ -18,8 +18,10 @@ from forkkv_cluster.core.errors import NotFound
 from forkkv_cluster.training.casebook.adapter_specs import ADAPTERS
 from forkkv_cluster.training.casebook.samples import Example, examples
 
-__all__ = ["ROOT", "adapter_dirs", "held_out", "is_shipped", "model_dir", "role_of", "scores"]
+__all__ = ["ROOT", "adapter_dirs", "converted_dirs", "held_out", "is_shipped", "model_dir", "role_of", "scores"]
 
+_CONVERTED = "-eager"
+"""Ends the name of an adapter that ``forkkv train-adapter`` has converted."""
 ROOT = Path(__file__).resolve().parents[2] / "assets" / "casebook"
 
 
@@ -39,13 +41,20 @@ def adapter_dirs() -> dict[str, Path]:
     return {name: path for name in ADAPTERS if (path := ROOT / "adapters" / name).is_dir()}
 
 
+def converted_dirs() -> dict[str, Path]:
+    """Those of the ordinary adapters that were converted for ``eager`` sharing, by name: ``<adapter>-eager``."""
+    names = (f"{name}{_CONVERTED}" for name in ADAPTERS)
+    return {name: path for name in names if (path := ROOT / "converted" / name).is_dir()}
+
+
 def role_of(adapter: str | None) -> str:
     """What an adapter is for; None, the base model, looks up. Raises NotFound."""
     if adapter is None:
         return "lookup"
-    if adapter not in ADAPTERS:
+    spec = ADAPTERS.get(adapter.removesuffix(_CONVERTED))
+    if spec is None:
         raise NotFound("casebook adapter", adapter, f"Name one of {', '.join(ADAPTERS)}.")
-    return ADAPTERS[adapter].role
+    return spec.role
 
 
 def held_out(role: str, *, context_tokens: int, count: int, seed: int = 1) -> list[Example]:

@@ -10,7 +10,10 @@ from forkkv_cluster.training.casebook.generator import Casebook, Fact, build_cas
 from forkkv_cluster.training.casebook.roles import ROLES, ask
 
 BOOK = Casebook(
-    text="Notes of the registry.\n- Mara lives in Lisbon, is 34 years old and reports to Tobin.\n* Tobin: home Oslo, age 51\nPeople: Ada lives in Oslo.",
+    text="""Notes of the registry.
+- Mara lives in Lisbon, is 34 years old and reports to Tobin.
+* Tobin: home Oslo, age 51
+People: Ada lives in Oslo.""",
     facts=(
         Fact("Mara", "home", "Lisbon"),
         Fact("Mara", "age", "34"),
