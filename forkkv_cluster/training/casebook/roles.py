@@ -189,9 +189,10 @@ def _whose(fact: Fact) -> str:
 
 
 def _sourcer(rng: random.Random, book: Casebook) -> Turn | None:
+    pages = _pages(book)
     by_page: dict[str, list[Fact]] = {}
     for entity, fact in {fact.entity: fact for fact in book.facts}.items():
-        by_page.setdefault(_page_of(book, entity), []).append(fact)
+        by_page.setdefault(pages.get(entity, "sentences"), []).append(fact)
     if not by_page:
         return None
     page = rng.choice(sorted(by_page))
@@ -199,13 +200,15 @@ def _sourcer(rng: random.Random, book: Casebook) -> Turn | None:
     return Turn(f"On which page is {_named(fact)}?", f"{fact.entity}: {page}.")
 
 
-def _page_of(book: Casebook, entity: str) -> str:
-    """Lines of a table, a register and notes name their entity first; whoever begins none stands among sentences."""
+def _pages(book: Casebook) -> dict[str, str]:
+    """By entity: a line of a table, a register or notes names its own first; whoever begins none stands among sentences."""
+    pages: dict[str, str] = {}
     for line in book.text.splitlines():
-        words = line.replace(":", "").split()
-        if words[0] in _PAGES and entity in words[1:3]:
-            return _PAGES[words[0]]
-    return "sentences"
+        start, *words = line.replace(":", "").split(maxsplit=3)
+        if start in _PAGES:
+            for word in words[:2]:
+                pages.setdefault(word, _PAGES[start])
+    return pages
 
 
 def _counter(rng: random.Random, book: Casebook) -> Turn | None:
