@@ -23,7 +23,7 @@ from forkkv_cluster.engine.torch_runner import TorchRunner
 from forkkv_cluster.testing.manual_clock import ManualClock
 
 PAGE_SIZE = 16
-ROOMY, TIGHT = 100, 24
+ROOMY, TIGHT = 100, 28
 """Slabs of KV memory: for all branches at once; for one or two of them."""
 
 _SAMPLING = SamplingParams(max_tokens=16, logprobs=2)
