@@ -132,19 +132,19 @@ def sharing_table(found: Status) -> Table:
     ``measured`` is disagreement with the reference and its upper bound, ``drift`` the same of served branches on the worker
     where it is largest.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for name in ("adapter", "auto is", "because", "measured", "drift"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name in ("adapter", "measured"), overflow="fold")  # Reasons break, figures do not.
     for info in found.cluster.adapters:
         verdict = info.verdict
         if verdict is None or not is_told(info):
             continue
-        measured = [f"{e.sharing} {e.agreement.disagreement:.2%} (<{e.agreement.upper_bound:.2%})" for e in verdict.measured]
+        measured = [f"{e.sharing} {e.agreement.disagreement:.2%} (≤{e.agreement.upper_bound:.2%})" for e in verdict.measured]
         table.add_row(
             info.name,
             f"{verdict.sharing} ({verdict.state})",
             verdict.reason,
-            ", ".join(measured) or "none",
+            "\n".join(measured) or "none",
             _largest_drift(found, info),
         )
     return table

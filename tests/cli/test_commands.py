@@ -77,11 +77,25 @@ def test_status_tells_of_each_measured_adapter_how_auto_is_served_and_what_drift
     (good,) = [line for line in lines if line.lstrip().startswith("good")]
     (bad,) = [line for line in lines if line.lstrip().startswith("bad")]
     assert "eager (measured)" in good
-    assert "eager 0.20% (<0.44%)" in good
+    assert "eager 0.20% (≤0.44%)" in good
     assert "eager 0.50% of 200" in good
     assert "isolated (measured)" in bad
     assert "none probed" in bad
     assert not any("new" in line for line in lines)
+
+
+def test_status_breaks_no_name_and_no_figure_of_a_measured_adapter_in_80_characters() -> None:
+    info = measured("formatter-alora-of-ours", 4)
+    assert info.verdict is not None
+    figures = (*info.verdict.measured, PolicyAgreement(Sharing.RESIDUAL, Agreement(2000, 26)))
+    info = replace(info, verdict=replace(info.verdict, measured=figures))
+    found = status_of(EngineStatus(0, 0, 0, 2**30, 0, 0, (), EngineCounters(), (info,)))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(sharing_table(replace(found, cluster=replace(found.cluster, adapters=(info,)))))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "eager 0.20% (≤0.44%)" in text
+    assert "residual 1.30% (≤1.79%)" in text
+    assert info.name in text
 
 
 def test_an_adapter_is_described_with_its_figures() -> None:

@@ -51,10 +51,10 @@ class Judge:
             logits = model(ids, **options).logits[0, len(prompt) - 1 :]
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def generate(self, prompt: Sequence[int], adapter: str, num_tokens: int) -> list[int]:
-        """Greedy, all by itself."""
+    def generate(self, prompt: Sequence[int], adapter: str, num_tokens: int, eos_token_id: int | None = None) -> list[int]:
+        """Greedy, all by itself; ends with ``eos_token_id``, if there is one, or after ``num_tokens``."""
         ids = torch.tensor([list(prompt)])
-        options = {"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": None, "pad_token_id": 0}
+        options = {"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": eos_token_id, "pad_token_id": 0}
         with torch.inference_mode():
             output = self._models[adapter].generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         return output[0, len(prompt) :].tolist()
