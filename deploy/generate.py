@@ -20,7 +20,6 @@ from forkkv_cluster import __version__
 from forkkv_cluster.cli.config import config_lines
 from forkkv_cluster.core.config import parse_config
 from forkkv_cluster.gateway.proxy_services import servicer_functions
-from forkkv_cluster.testing.tiny_models import ADAPTER_NAMES, MODEL_NAME
 
 DEPLOY = Path(__file__).resolve().parent
 IMPORT_PATH = "forkkv_cluster.app:serve_app"
@@ -32,11 +31,7 @@ GRACE_S = 60
 """The pod's own limit: the drain, then the replicas' graceful shutdown (5 s in app), then Ray's."""
 # Serve's and Ray's ports, under the names by which the operator looks for them: without `serve-grpc` it drops that port.
 RAY_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
-DEMO_MODEL_DIR = "/opt/forkkv/demo-model"
-"""Where the Dockerfile builds the random demo model: every pod must find the same one."""
 KUBERAY_OVERRIDES: dict[str, Any] = {
-    "model": {"path": f"{DEMO_MODEL_DIR}/{MODEL_NAME}"},
-    "adapters": [{"name": name, "path": f"{DEMO_MODEL_DIR}/random-{name}"} for name in ADAPTER_NAMES],
     "server": {"host": "0.0.0.0"},
     "worker": {"num_replicas": 2, "num_cpus": 2, "num_threads": 2},
     "gateway": {"num_replicas": 2, "num_cpus": 0.5, "session_store": f"redis://{REDIS_HOST}:{REDIS_PORT}/1"},

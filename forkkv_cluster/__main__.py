@@ -52,7 +52,7 @@ cli.command("demo")(make_demo(_start_cluster))
 @cli.command()
 def serve(
     model: Annotated[
-        Path | None, typer.Argument(help="Hugging Face checkpoint directory. Left out: the embedded random demo model.")
+        Path | None, typer.Argument(help="Hugging Face checkpoint directory. Left out: the embedded casebook model.")
     ] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a PEFT adapter; repeat for more.")] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration file; `forkkv config` prints one to start from.")] = None,

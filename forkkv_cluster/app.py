@@ -25,10 +25,10 @@ from forkkv_cluster.gateway.ingress import AgentGateway
 from forkkv_cluster.gateway.proxy_services import servicer_functions
 from forkkv_cluster.preflight import check_before_start, check_ports
 from forkkv_cluster.routing.request_router import router_config
+from forkkv_cluster.training.casebook import assets
 from forkkv_cluster.worker.deployment import ForkKVWorker
 
-STATE_DIR = Path(".forkkv")
-"""Sessions and the embedded model, relative to where the server starts."""
+EMBEDDED_MODEL_NAME = "casebook"
 
 _OWN_ERRORS = "forkkv_cluster.core.errors."
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -38,7 +38,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 def resolve_config(config: ClusterConfig) -> ClusterConfig:
     """``config`` as the replicas need it: a model that exists, absolute paths.
 
-    Without a model, the embedded random one is built under ``STATE_DIR`` and served with its adapters.
+    Without a model, the casebook model that ships with this package is served with its adapters.
     Raises InvalidArgument for a missing directory, and for an adapter that takes the base model's name.
     """
     config = config if config.model.path else _with_embedded_model(config)
@@ -60,12 +60,12 @@ def resolve_config(config: ClusterConfig) -> ClusterConfig:
 
 
 def _with_embedded_model(config: ClusterConfig) -> ClusterConfig:
-    from forkkv_cluster.testing.tiny_models import build_tiny_kit  # Here: it needs torch, which a gateway's host may lack.
-
-    kit = build_tiny_kit(STATE_DIR.absolute() / "tiny-kit")
+    if not assets.is_shipped():
+        problem = "is empty, and this installation lacks the casebook model, which is served without one"
+        raise InvalidArgument("model.path", "", problem, "Name a Hugging Face checkpoint directory.")
     configured = {adapter.name for adapter in config.adapters}
-    embedded = [AdapterConfig(name=n, path=str(path)) for n, path in kit.adapter_dirs.items() if n not in configured]
-    model = config.model.model_copy(update={"path": str(kit.model_dir)})
+    embedded = [AdapterConfig(name=n, path=str(path)) for n, path in assets.adapter_dirs().items() if n not in configured]
+    model = config.model.model_copy(update={"path": str(assets.model_dir()), "name": config.model.name or EMBEDDED_MODEL_NAME})
     return config.model_copy(update={"model": model, "adapters": (*config.adapters, *embedded)})
 
 

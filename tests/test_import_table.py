@@ -42,6 +42,8 @@ RULES: dict[str, set[str]] = {
     # Fakes implement the engine's facade and lay KV memory out as the cache does; the tiny model kit writes real checkpoints.
     "testing": PURE | {"cache", "engine", "torch", "transformers", "peft", "tokenizers", "safetensors"},
     "bench": PURE | TERMINAL | {"client", "engine", "testing"},
+    # It asks the shipped adapters, each its role's questions.
+    "bench.demo_casebook": PURE | {"training.casebook"},
     # They time the bookkeeping itself, which an engine hides.
     "bench.cache_bench": PURE | {"cache"},
     "bench.scheduler_bench": PURE | {"cache", "engine"},

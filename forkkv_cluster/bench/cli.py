@@ -42,7 +42,7 @@ def bench() -> None:
 def trace(
     trace_file: Annotated[Path, typer.Argument(metavar="TRACE", help="A forkkv-trace/1 file, see loadtests/README.md.")],
     target: Annotated[str, typer.Option(help="`offline` (an engine in this process) or `grpc://HOST:PORT`.")] = "offline",
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory; without it the random demo model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory; without it a small random one.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME=DIR of a PEFT adapter; repeatable. A cluster loads it if it lacks it.")
     ] = None,
@@ -216,7 +216,7 @@ def parse_adapters(values: list[str]) -> dict[str, str]:
 def make_offline(
     options: dict[str, Any], adapters: dict[str, str], sharing: Sharing, seed: int, directory: Path
 ) -> OfflineTarget:
-    """An engine on all cores of this machine; without a model, on the random demo model, built into ``directory``."""
+    """An engine on all cores of this machine; without a model, on a small random one, built into ``directory``."""
     from forkkv_cluster.engine.engine import Engine  # Here: a run against a cluster needs no torch.
 
     config = offline_config(options, adapters, directory)

@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, Protocol
+from typing import Annotated, NoReturn, Protocol
 
 import typer
 from rich.console import Console
 
-from forkkv_cluster.bench.demo_checks import Check, Savings, check_kill, check_policies, savings, to_json
+from forkkv_cluster.bench.demo_casebook import casebook_plan
+from forkkv_cluster.bench.demo_checks import Check, check_kill, check_policies, savings, to_json
 from forkkv_cluster.bench.demo_plan import DemoPlan, PolicyResult
 from forkkv_cluster.bench.demo_run import run_policy, run_with_kill, warm_up
 from forkkv_cluster.bench.demo_view import (
     agent_table,
+    answer_table,
     check_lines,
+    cost_line,
     make_console,
     policy_table,
     savings_line,
@@ -44,7 +47,7 @@ StartCluster = Callable[[ClusterConfig], StartedCluster]
 
 
 def demo_config() -> ClusterConfig:
-    """Two workers on free ports with the random demo model. fp32, because runs are compared token by token."""
+    """Two workers on free ports with the embedded casebook model. fp32, because runs are compared token by token."""
     return parse_config(
         {
             "model": {"dtype": "float32", "device": "cpu"},
@@ -62,17 +65,20 @@ def make_demo(start_cluster: StartCluster) -> Callable[..., None]:
         kill_worker: Annotated[
             bool, typer.Option("--kill-worker", help="Also run with the busiest worker killed by SIGKILL, and compare tokens.")
         ] = False,
-        max_tokens: Annotated[int, typer.Option(help="Tokens that each agent writes.", min=16, max=512)] = 48,
+        num_questions: Annotated[int, typer.Option("--questions", help="Questions to each agent.", min=1, max=4)] = 2,
+        max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=16, max=256)] = 64,
         json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
     ) -> None:
         """Eight agents over one document: streamed side by side, joined, and measured with sharing and without.
 
-        Starts a cluster of two workers on this machine, and stops it. The model is random: what it writes means nothing.
+        Starts a cluster of two workers on this machine, and stops it. The model is small and trained: it is asked about a
+        casebook that it has never seen, and each answer is shown with whether it is right, under each policy.
         """
         console = make_console()
         try:
             check_can_write("--json", json_path)
-            checks = _run_demo(console, start_cluster, kill_worker, max_tokens, json_path)
+            plan = casebook_plan(num_questions, max_tokens)
+            checks = _run_demo(console, start_cluster, plan, kill_worker, json_path)
         except ForkKVError as error:
             Console(stderr=True).print(f"error {error.code}: {error.message}", markup=False, highlight=False)
             raise typer.Exit(2 if isinstance(error, InvalidArgument) else 1) from None
@@ -83,28 +89,33 @@ def make_demo(start_cluster: StartCluster) -> Callable[..., None]:
 
 
 def _run_demo(
-    console: Console, start_cluster: StartCluster, kill_worker: bool, max_tokens: int, json_path: Path | None
+    console: Console, start_cluster: StartCluster, plan: DemoPlan, kill_worker: bool, json_path: Path | None
 ) -> list[Check]:
-    from forkkv_cluster.testing.tiny_models import demo_document  # Here: it imports torch, which --help need not wait for.
-
-    plan = DemoPlan(demo_document(), max_tokens=max_tokens)
     started_s = time.monotonic()
     with console.status("starting Ray, Serve and two workers ..."):
         cluster = start_cluster(demo_config())
     # After the start, because Ray sets a handler of its own. A terminated demo stops its cluster, too.
     signal.signal(signal.SIGTERM, _leave)
     try:
-        start_s = time.monotonic() - started_s
-        console.print(f"A cluster of two workers came up in {start_s:.1f} s. The model's weights are random.")
+        start_s, names = time.monotonic() - started_s, ", ".join(plan.adapters)
+        console.print(f"A cluster of two workers came up in {start_s:.1f} s, with adapters {names}.")
         results, killed = asyncio.run(_run_all(console, cluster.grpc_address, plan, kill_worker))
     finally:
         with console.status("stopping ..."):
             cluster.stop()
     eager, isolated = results
-    checks = check_policies(eager, isolated, plan.max_tokens) + (check_kill(eager, killed) if killed is not None else [])
+    checks = check_policies(eager, isolated) + (check_kill(eager, killed) if killed is not None else [])
     runs = results if killed is None else [*results, killed]
     saved = savings(eager, isolated)
-    _show(console, runs, results, saved, checks)
+    for shown in (
+        *map(agent_table, runs),
+        answer_table(runs),
+        policy_table(results),
+        savings_line(saved),
+        cost_line(saved),
+        *check_lines(checks),
+    ):
+        console.print(shown)
     if json_path is not None:
         json_path.write_text(json.dumps(to_json(runs, saved, checks), indent=2) + "\n")
     return checks
@@ -128,9 +139,3 @@ async def _run_all(
             return results, None
         with streams_side_by_side(console, "eager, one worker will be killed") as on_update:
             return results, await run_with_kill(client, plan, Sharing.EAGER, on_update)
-
-
-def _show(console: Console, runs: list[PolicyResult], results: list[PolicyResult], saved: Savings, checks: list[Check]) -> None:
-    tables: list[Any] = [*(agent_table(run) for run in runs), policy_table(results), savings_line(saved), *check_lines(checks)]
-    for table in tables:
-        console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from forkkv_cluster.bench.demo_plan import AgentResult, PolicyResult
 from forkkv_cluster.bench.worker_killer import MIN_TOKENS
 
-MIN_PREFILL_RATIO = 3.0
+MIN_PREFILL_RATIO = 2.0
+"""Two workers run the shared context once each; without sharing each of at least five adapters does."""
+MIN_RIGHT_SHARE = 0.8
+"""The shipped adapters reach more on held-out casebooks: less than this is a fault of the serving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """What sharing saved against isolated, in the same cluster and over the same work."""
+    """What sharing saved against isolated, in the same cluster and over the same work, and what it cost.
+
+    ``lost_answers``: by adapter, how many fewer answers are right; only where there are fewer.
+    """
 
     prefill_tokens: int
     prefill_ratio: float
@@ -31,6 +38,7 @@ class Savings:
     kv_ratio: float
     wall_s: float
     wall_ratio: float
+    lost_answers: dict[str, int]
 
 
 def savings(shared: PolicyResult, isolated: PolicyResult) -> Savings:
@@ -41,12 +49,22 @@ def savings(shared: PolicyResult, isolated: PolicyResult) -> Savings:
         kv_ratio=isolated.kv_bytes_held / max(1, shared.kv_bytes_held),
         wall_s=isolated.wall_s - shared.wall_s,
         wall_ratio=isolated.wall_s / max(1e-9, shared.wall_s),
+        lost_answers=dict(_num_right(isolated) - _num_right(shared)),
     )
 
 
-def check_policies(eager: PolicyResult, isolated: PolicyResult, max_tokens: int) -> list[Check]:
-    """The promises of the two runs."""
-    return [*_check_eager(eager), *_check_streams(eager, isolated, max_tokens=max_tokens), _check_prefill(eager, isolated)]
+def _num_right(result: PolicyResult) -> Counter[str]:
+    return Counter(stream.agent.adapter for stream in result.streams for answer in stream.answers if answer.is_right)
+
+
+def check_policies(eager: PolicyResult, isolated: PolicyResult) -> list[Check]:
+    """The promises of the two runs. What sharing costs in right answers is shown, and no promise."""
+    return [
+        *_check_eager(eager),
+        *(_check_answers(result) for result in (eager, isolated)),
+        _check_right(isolated),
+        _check_prefill(eager, isolated),
+    ]
 
 
 def _check_eager(eager: PolicyResult) -> Iterator[Check]:
@@ -66,11 +84,22 @@ def _check_eager(eager: PolicyResult) -> Iterator[Check]:
     )
 
 
-def _check_streams(*results: PolicyResult, max_tokens: int) -> Iterator[Check]:
-    for result in results:
-        lengths = [len(stream.token_ids) for stream in result.streams]
-        promise = f"every stream of the {result.sharing} run ends with its last token"
-        yield Check(promise, all(n == max_tokens for n in lengths), f"{lengths} tokens of {max_tokens}")
+def _check_answers(result: PolicyResult) -> Check:
+    ended = [answer.finish_reason for answer in result.answers if answer.finish_reason]
+    num_questions = sum(len(stream.agent.questions) for stream in result.streams)
+    return Check(
+        f"every question of the {result.sharing} run has an answer with its last token",
+        len(ended) == num_questions,
+        f"{len(ended)} of {num_questions}, {ended.count('stop')} of them ended by the model",
+    )
+
+
+def _check_right(isolated: PolicyResult) -> Check:
+    return Check(
+        f"without sharing at least {MIN_RIGHT_SHARE:.0%} of the answers are right",
+        isolated.num_right >= MIN_RIGHT_SHARE * len(isolated.answers),
+        f"{isolated.num_right} of {len(isolated.answers)}",
+    )
 
 
 def _check_prefill(eager: PolicyResult, isolated: PolicyResult) -> Check:
@@ -88,17 +117,22 @@ def check_kill(unkilled: PolicyResult, killed: PolicyResult) -> list[Check]:
     if kill is None:
         return [Check("a worker dies while all streams run", False, "the streams ended before the worker could be killed")]
     different = [a.agent.name for a, b in zip(unkilled.streams, killed.streams, strict=True) if a.token_ids != b.token_ids]
-    resumed = [stream.agent.name for stream in killed.streams if stream.num_resumes > 0]
+    moved = [stream.agent.name for stream in killed.streams if kill.worker_id in stream.workers[:-1]]
+    num_resumes = sum(stream.num_resumes for stream in killed.streams)
+    num_too_short = sum(
+        num_tokens < MIN_TOKENS and not _has_ended(stream, num_tokens)
+        for stream, num_tokens in zip(killed.agents, kill.tokens_at_kill, strict=True)
+    )
     return [
         Check(
-            f"every stream has {MIN_TOKENS} tokens when the worker dies",
-            min(kill.tokens_at_kill) >= MIN_TOKENS,
+            f"every stream has {MIN_TOKENS} tokens when the worker dies, or has ended",
+            num_too_short == 0,
             f"{list(kill.tokens_at_kill)} tokens",
         ),
         Check(
-            "the streams of the dead worker go on elsewhere",
-            len(resumed) >= kill.num_streams,
-            f"it served {kill.num_streams}; resumed: {', '.join(resumed) or 'none'}",
+            "the streams of the dead worker go on elsewhere, in the middle of an answer",
+            bool(moved) and num_resumes > 0,
+            f"it served {kill.num_streams}; gone on: {', '.join(moved) or 'none'}; answers resumed: {num_resumes}",
         ),
         Check(
             "every stream ends with the token ids of the run without a kill",
@@ -106,6 +140,10 @@ def check_kill(unkilled: PolicyResult, killed: PolicyResult) -> list[Check]:
             f"different: {', '.join(different) or 'none'}",
         ),
     ]
+
+
+def _has_ended(stream: AgentResult, num_tokens: int) -> bool:
+    return num_tokens == len(stream.token_ids)
 
 
 def to_json(results: list[PolicyResult], saved: Savings, checks: list[Check]) -> dict[str, Any]:
@@ -121,11 +159,17 @@ def _run_to_json(result: PolicyResult) -> dict[str, Any]:
     values = asdict(result)
     values["agents"] = [_agent_to_json(stream) for stream in result.agents]
     values["follow_up"] = _agent_to_json(result.follow_up)
-    return {**values, "kv_bytes_held": result.kv_bytes_held}
+    counts = {"num_right": result.num_right, "num_answers": len(result.answers)}
+    return {**values, **counts, "kv_bytes_held": result.kv_bytes_held}
 
 
 def _agent_to_json(result: AgentResult) -> dict[str, Any]:
     values = asdict(result)
-    agent, usage = values.pop("agent"), values.pop("usage")
+    agent, usage, answers = values.pop("agent"), values.pop("usage"), values.pop("answers")
     values.pop("is_done")
-    return {**agent, **values, **usage}
+    said = [{**_asked(answer.pop("question")), **answer} for answer in answers]
+    return {"name": agent["name"], "adapter": agent["adapter"], "answers": said, **values, **usage}
+
+
+def _asked(question: dict[str, str]) -> dict[str, str]:
+    return {"question": question["text"], "role": question["role"], "right_answer": question["answer"]}

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from forkkv_cluster.core.request import PrefixUsage
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """``text`` is for people, ``prompt`` what the turn appends. ``answer`` is the right one for whoever has that ``role``."""
+
+    text: str
+    prompt: str
+    role: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Agent:
-    """One branch: its name, the adapter that it runs with, and what it is asked."""
+    """One branch: its name, the adapter that it runs with, and what it is asked, one turn after the other."""
 
     name: str
     adapter: str
-    question: str
+    questions: tuple[Question, ...]
 
 
-AGENTS = (
-    Agent("planner", "planner", "\n\nPlan the first week after the flood, day by day:"),
-    Agent("critic", "critic", "\n\nName the three decisions that cost the town most:"),
-    Agent("coder", "coder", "\n\nWrite the rule that the alarm should follow:"),
-    Agent("tester", "tester", "\n\nList what the next exercise must try out:"),
-    Agent("writer", "writer", "\n\nTell the night of the flood to those who were not there:"),
-    Agent("reader", "reader", "\n\nWhich measurements does the casebook give?"),
-    Agent("judge", "judge", "\n\nWas the warning early enough? Weigh both sides:"),
-    Agent("scout", "scout", "\n\nWhere would the water come next time?"),
-)
-"""Eight agents with eight adapters, over the shipped casebook."""
-
-FOLLOW_UP = Agent("follow-up", "critic", "\n\nYou have read the planner's answer. What is missing in it?")
-"""Forked after the first agent's answer was joined: it reads what the planner wrote."""
+IsRight = Callable[[Question, str], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class DemoPlan:
-    """The workload of one policy. Greedy decoding, ``max_tokens`` exactly, so that runs can be compared token by token."""
+    """The workload of one policy. Greedy decoding, so that runs can be compared token by token.
+
+    ``follow_up`` is forked after the answers of the agent called ``joined`` became shared context. ``max_tokens`` limits an
+    answer; ``ignore_eos`` makes each as long, for models that never end one.
+    """
 
     document: str
-    agents: tuple[Agent, ...] = AGENTS
-    follow_up: Agent = FOLLOW_UP
-    max_tokens: int = 48
+    agents: tuple[Agent, ...]
+    joined: str
+    follow_up: Agent
+    is_right: IsRight
+    max_tokens: int = 64
+    ignore_eos: bool = False
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -47,20 +52,34 @@ class DemoPlan:
 
 
 @dataclass(slots=True)
+class Answer:
+    """What an agent answered, as far as it has come. ``finish_reason`` is empty until it has ended."""
+
+    question: Question
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    is_right: bool = False
+
+
+@dataclass(slots=True)
 class AgentResult:
-    """One agent's stream, as far as it has come. Times in seconds, as the server measured them."""
+    """One agent's stream over all its turns, as far as it has come. ``ttft_s`` (seconds, as the server measured it) and
+    ``usage`` are of the first turn, which is the one that meets the shared context."""
 
     agent: Agent
     num_context_tokens: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     worker: str = ""
     workers: tuple[str, ...] = ()
     is_done: bool = False
     ttft_s: float = 0.0
-    e2e_s: float = 0.0
     num_resumes: int = 0
     usage: PrefixUsage = field(default_factory=PrefixUsage)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for answer in self.answers for token in answer.token_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +113,14 @@ class PolicyResult:
     @property
     def streams(self) -> tuple[AgentResult, ...]:
         return (*self.agents, self.follow_up)
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        return tuple(answer for stream in self.streams for answer in stream.answers)
+
+    @property
+    def num_right(self) -> int:
+        return sum(answer.is_right for answer in self.answers)
 
     @property
     def kv_bytes_held(self) -> int:

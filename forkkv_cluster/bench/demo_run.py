@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from forkkv_cluster.bench.demo_plan import Agent, AgentResult, DemoPlan, PolicyResult
+from forkkv_cluster.bench.demo_plan import Agent, AgentResult, Answer, DemoPlan, PolicyResult
 from forkkv_cluster.bench.idle import wait_until_idle
 from forkkv_cluster.bench.metrics import add_counters, counters_between
 from forkkv_cluster.bench.worker_killer import WorkerKiller
@@ -23,6 +23,7 @@ from forkkv_cluster.client import (
     Sharing,
     Status,
 )
+from forkkv_cluster.client.messages import GenerateOptions
 
 OnUpdate = Callable[[Sequence[AgentResult]], None]
 """Called with all streams of the moment whenever one of them has grown."""
@@ -81,7 +82,7 @@ class _PolicyRun:
         if self._killer is not None:
             await self._bring_context_everywhere(session)
         agents = await self._stream_all(session, self._plan.agents)
-        joined = await session.join(self._plan.agents[0].name, JoinWhat.OUTPUT)
+        joined = await session.join(self._plan.joined, JoinWhat.OUTPUT)
         (follow_up,) = await self._stream_all(session, (self._plan.follow_up,))
         wall_s = time.monotonic() - started_s
         await session.close()
@@ -100,8 +101,8 @@ class _PolicyRun:
         worker, still at its context pass, has begun, and no moment would exist in which all of them run."""
         specs = [BranchSpec(f"early-{agent.name}", agent.adapter) for agent in self._plan.agents]
         branches = await session.fork(specs)
-        questions = [agent.question for agent in self._plan.agents]
-        turns = [branch.generate(text, max_tokens=1) for branch, text in zip(branches, questions, strict=True)]
+        prompts = [agent.questions[0].prompt for agent in self._plan.agents]
+        turns = [branch.generate(prompt, max_tokens=1) for branch, prompt in zip(branches, prompts, strict=True)]
         await asyncio.gather(*turns)
 
     async def _stream_all(self, session: AsyncSession, agents: Sequence[Agent]) -> tuple[AgentResult, ...]:
@@ -120,23 +121,37 @@ class _PolicyRun:
         return results
 
     async def _follow(self, branch: AsyncBranch, result: AgentResult, group: Sequence[AgentResult]) -> None:
-        question, max_tokens = result.agent.question, self._plan.max_tokens
-        async for event in branch.stream(question, max_tokens=max_tokens, ignore_eos=True, seed=0, timeout_s=_TIMEOUT_S):
+        for question in result.agent.questions:
+            result.answers.append(Answer(question))
+            await self._answer(branch, result, group)
+        result.is_done = True
+        self._on_update(self._streams)
+
+    async def _answer(self, branch: AsyncBranch, result: AgentResult, group: Sequence[AgentResult]) -> None:
+        """One turn: the last of ``result``'s answers."""
+        answer, plan = result.answers[-1], self._plan
+        options = GenerateOptions(max_tokens=plan.max_tokens, ignore_eos=plan.ignore_eos, seed=0, timeout_s=_TIMEOUT_S)
+        async for event in branch.stream(answer.question.prompt, **options):
             if isinstance(event, Delta):
-                result.token_ids.extend(event.token_ids)
-                result.text += event.text
+                answer.token_ids.extend(event.token_ids)
+                answer.text += event.text
                 result.worker = event.worker_id or result.worker
                 if self._killer is not None and len(group) > 1:
                     self._killer.observe(group)
             elif isinstance(event, Finished):
-                _finish(result, event)
+                answer.finish_reason = str(event.finish_reason)
+                answer.is_right = plan.is_right(answer.question, answer.text)
+                _add_turn(result, event)
             self._on_update(self._streams)
 
 
-def _finish(result: AgentResult, event: Finished) -> None:
-    result.is_done = True
-    result.workers, result.num_resumes = event.worker_ids, event.num_resumes
-    result.ttft_s, result.e2e_s, result.usage = event.ttft_s, event.e2e_s, event.usage
+def _add_turn(result: AgentResult, event: Finished) -> None:
+    if len(result.answers) == 1:
+        result.ttft_s, result.usage = event.ttft_s, event.usage
+    result.num_resumes += event.num_resumes
+    for worker in event.worker_ids:
+        if worker not in result.workers[-1:]:
+            result.workers = (*result.workers, worker)
 
 
 def _with_costs(result: PolicyResult, before: Status, after: Status) -> PolicyResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from forkkv_cluster.bench.demo_checks import Check, Savings
-from forkkv_cluster.bench.demo_plan import AgentResult, PolicyResult
+from forkkv_cluster.bench.demo_plan import AgentResult, Answer, PolicyResult
 from forkkv_cluster.bench.demo_run import OnUpdate
 
 _PANELS_A_ROW = 3
 _PANEL_LINES = 4
-
-
+_PLAIN = Console(file=io.StringIO())
+"""Wraps text, writes nothing."""
 _MIN_WIDTH = 120
 """Columns that the tables need; a pipe has no width of its own."""
 
@@ -40,7 +41,8 @@ def streams_side_by_side(console: Console, title: str) -> Iterator[OnUpdate]:
             for stream in streams:
                 if stream.is_done and stream.agent.name not in printed:
                     printed.add(stream.agent.name)
-                    line = f"{title} · {stream.agent.name} ({stream.worker}): {_tail(stream, 60)}"
+                    said = " | ".join(_said(answer) for answer in stream.answers)
+                    line = f"{title} · {stream.agent.name} ({stream.worker}): {said}"
                     console.print(line, highlight=False, markup=False, overflow="ellipsis", no_wrap=True)
 
         yield print_ended
@@ -57,7 +59,7 @@ def _panels(streams: Sequence[AgentResult], width: int) -> Columns:
     panel_width = max(24, width // _PANELS_A_ROW - 1)
     panels = [
         Panel(
-            Text(_tail(stream, (panel_width - 4) * _PANEL_LINES)),
+            _conversation(stream, panel_width - 4),
             title=f"{stream.agent.name} · {len(stream.token_ids)}",
             subtitle=stream.worker,
             border_style="green" if stream.is_done else "cyan",
@@ -69,8 +71,60 @@ def _panels(streams: Sequence[AgentResult], width: int) -> Columns:
     return Columns(panels)
 
 
-def _tail(stream: AgentResult, num_characters: int) -> str:
-    return " ".join(stream.text.split())[-num_characters:]
+def _conversation(stream: AgentResult, width: int) -> Text:
+    """The last lines of questions and answers."""
+    lines: list[Text] = []
+    for answer in stream.answers:
+        for text, style in ((answer.question.text, "dim"), (_said(answer), _style(answer))):
+            lines += Text(text, style=style).wrap(_PLAIN, width)
+    return Text("\n").join(lines[-_PANEL_LINES:])
+
+
+def _style(answer: Answer) -> str:
+    if not answer.finish_reason:
+        return ""
+    return "green" if answer.is_right else "red"
+
+
+def _said(answer: Answer) -> str:
+    return " ".join(answer.text.split())
+
+
+def _mark(answer: Answer) -> Text:
+    return Text("right", style="green") if answer.is_right else Text("wrong", style="bold red")
+
+
+def answer_table(results: Sequence[PolicyResult]) -> Table:
+    """A row for each question and each different answer to it; under each policy whether the answer is right."""
+    table = Table(title="what the agents answered under each policy", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("agent", no_wrap=True)
+    table.add_column("question")
+    table.add_column("answer")
+    for result in results:
+        table.add_column(_label(result), justify="right", no_wrap=True)
+    for streams in zip(*(result.streams for result in results), strict=True):
+        name = streams[0].agent.name
+        for answers in zip(*(stream.answers for stream in streams), strict=True):
+            _add_answers(table, name, answers)
+            name = ""
+    table.add_section()
+    counts = (f"{result.num_right} of {len(result.answers)}" for result in results)
+    table.add_row(Text("right", style="bold"), "", "", *(Text(count, style="bold") for count in counts))
+    return table
+
+
+def _add_answers(table: Table, name: str, answers: Sequence[Answer]) -> None:
+    """``answers`` to one question, one for each policy."""
+    asked = (Text(name), Text(answers[0].question.text))
+    for said in dict.fromkeys(_said(answer) for answer in answers):
+        given = [answer for answer in answers if _said(answer) == said]
+        marks = (_mark(answer) if _said(answer) == said else Text() for answer in answers)
+        table.add_row(*asked, Text(said, style=_style(given[0])), *marks)
+        asked = (Text(), Text())
+
+
+def _label(result: PolicyResult) -> str:
+    return "killed" if result.kill is not None else result.sharing
 
 
 def agent_table(result: PolicyResult) -> Table:
@@ -101,11 +155,12 @@ def policy_table(results: Sequence[PolicyResult]) -> Table:
     title = "the same work under each policy, all workers together"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("sharing")
-    for column in ("wall s", "prefill tokens run", "base KV", "residual KV", "KV held"):
+    for column in ("right", "wall s", "prefill tokens run", "base KV", "residual KV", "KV held"):
         table.add_column(column, justify="right")
     for result in results:
         sizes = (_mebibytes(n) for n in (result.base_bytes_held, result.residual_bytes_held, result.kv_bytes_held))
-        table.add_row(result.sharing, f"{result.wall_s:.2f}", f"{result.prefill_tokens_run:,}", *sizes)
+        right = f"{result.num_right} of {len(result.answers)}"
+        table.add_row(result.sharing, right, f"{result.wall_s:.2f}", f"{result.prefill_tokens_run:,}", *sizes)
     return table
 
 
@@ -114,6 +169,18 @@ def savings_line(saved: Savings) -> str:
         f"The fork saved {saved.prefill_tokens:,} prefill tokens ({saved.prefill_ratio:.1f} times fewer), "
         f"{_mebibytes(saved.kv_bytes)} of KV ({saved.kv_ratio:.1f} times less) "
         f"and {saved.wall_s:.1f} s ({saved.wall_ratio:.1f} times faster)."
+    )
+
+
+def cost_line(saved: Savings) -> str:
+    if not saved.lost_answers:
+        return "It cost no right answer."
+    total = sum(saved.lost_answers.values())
+    adapters = ", ".join(f"{adapter} {count}" for adapter, count in saved.lost_answers.items())
+    noun = "answer" if total == 1 else "answers"
+    return (
+        f"It cost {total} right {noun} ({adapters}): sharing `auto` measures an adapter before it shares, "
+        "`forkkv train-adapter` makes of it one that was trained for sharing."
     )
 
 

@@ -1,4 +1,4 @@
-"""``forkkv bench soak``: the driver on the random demo model for some minutes, with readings of the process."""
+"""``forkkv bench soak``: the driver on a small random model for some minutes, with readings of the process."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class SoakRun:
 
 
 def make_run(options: SoakOptions, directory: Path) -> SoakRun:
-    """The driver over the demo model, built into ``directory``. Each adapter's name has two contents, one's is an aLoRA."""
+    """The driver over a small random model, built into ``directory``. Each adapter's name has two contents, one's is an aLoRA."""
     kit = build_tiny_kit(directory / "kit", num_adapters=2 * len(ADAPTER_NAMES), spec=SPEC)
     config = _config(kit, options.kv_bytes, options.page_size, SchedulerConfig(
         max_num_seqs=16, max_num_batched_tokens=96, max_num_waiting=24))  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from forkkv_cluster.bench.demo_plan import AgentResult, KillResult
 
 MIN_TOKENS = 8
-"""Every stream has at least so many tokens when the worker dies."""
+"""Every stream has ended or has at least so many tokens when the worker dies."""
 
 
 def _kill(pid: int) -> None:
@@ -27,7 +27,7 @@ class WorkerKiller:
 
     def observe(self, streams: Sequence[AgentResult]) -> None:
         """Call whenever a stream has grown: kills the worker that serves most of those that have not ended."""
-        if self.result is not None or any(len(stream.token_ids) < MIN_TOKENS for stream in streams):
+        if self.result is not None or any(len(s.token_ids) < MIN_TOKENS and not s.is_done for s in streams):
             return
         serving = Counter(stream.worker for stream in streams if not stream.is_done)
         if not serving:

@@ -55,7 +55,7 @@ class AdapterConfig(_Section):
 class ModelConfig(_Section):
     """The base model and how it runs."""
 
-    path: Annotated[str, Field(description="Hugging Face checkpoint directory. Empty: the embedded random demo model.")] = ""
+    path: Annotated[str, Field(description="Hugging Face checkpoint directory. Empty: the embedded casebook model.")] = ""
     name: Annotated[str, Field(description="Name that clients use. Empty: the directory's name.")] = ""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

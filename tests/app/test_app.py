@@ -13,7 +13,9 @@ from forkkv_cluster import app
 from forkkv_cluster.app import RunningCluster, build_app, free_port, resolve_config, serve_app, start_cluster
 from forkkv_cluster.core.config import ClusterConfig, parse_config
 from forkkv_cluster.core.errors import InvalidArgument, Unavailable
+from forkkv_cluster.preflight import check_before_start
 from forkkv_cluster.testing.tiny_models import TinyKit
+from forkkv_cluster.training.casebook import assets
 
 
 def config_of(tiny_kit: TinyKit, **sections: object) -> ClusterConfig:
@@ -30,12 +32,25 @@ def test_paths_become_absolute_and_the_model_gets_a_name(
     assert config.gateway.session_store == f"sqlite:{tmp_path}/.forkkv/sessions.sqlite"
 
 
-def test_without_a_model_the_embedded_one_is_built_with_its_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_without_a_model_the_casebook_model_is_served_with_its_adapters() -> None:
     config = resolve_config(ClusterConfig())
-    assert Path(config.model.path).is_relative_to(tmp_path)
-    assert "random" in config.model.name
-    assert len(config.adapters) >= 4
+    assert (config.model.path, config.model.name) == (str(assets.model_dir()), "casebook")
+    assert {adapter.name: Path(adapter.path) for adapter in config.adapters} == assets.adapter_dirs()
+    check_before_start(config)
+
+
+def test_the_configurations_own_name_and_adapters_win_over_the_embedded_ones(tiny_kit: TinyKit) -> None:
+    hop = str(tiny_kit.adapter_dirs["planner"])
+    config = resolve_config(parse_config({"model": {"name": "mine"}, "adapters": [{"name": "hop", "path": hop}]}))
+    assert config.model.name == "mine"
+    assert [adapter.path for adapter in config.adapters if adapter.name == "hop"] == [hop]
+
+
+def test_an_installation_without_the_casebook_model_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "ROOT", tmp_path)
+    with pytest.raises(InvalidArgument, match="lacks the casebook model") as caught:
+        resolve_config(ClusterConfig())
+    assert caught.value.field == "model.path"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-from forkkv_cluster.bench.demo_plan import AGENTS, AgentResult
+from forkkv_cluster.bench.demo_plan import AgentResult
 from forkkv_cluster.bench.worker_killer import WorkerKiller
+from tests.bench import demo_values
+from tests.bench.demo_values import AGENTS
 
 PIDS = {"w1": 11, "w2": 22}
 
 
 def stream(index: int, worker: str, num_tokens: int, is_done: bool = False) -> AgentResult:
-    return AgentResult(AGENTS[index], 10, token_ids=list(range(num_tokens)), worker=worker, is_done=is_done)
+    return demo_values.stream(AGENTS[index], 10, num_tokens, worker=worker, is_done=is_done)
 
 
 class Kills:
@@ -19,6 +21,12 @@ def test_nothing_dies_before_every_stream_has_eight_tokens():
     kills.killer.observe([stream(0, "w1", 20), stream(1, "w2", 7)])
     assert kills.pids == []
     assert kills.killer.result is None
+
+
+def test_a_stream_that_ended_with_fewer_holds_nothing_up():
+    kills = Kills()
+    kills.killer.observe([stream(0, "w1", 20), stream(1, "w2", 3, is_done=True)])
+    assert kills.pids == [11]
 
 
 def test_the_worker_that_serves_most_streams_dies():

@@ -8,6 +8,7 @@ from jsonschema import Draft202012Validator
 from ray.serve.schema import ServeDeploySchema
 
 from forkkv_cluster import __version__
+from forkkv_cluster.app import resolve_config
 from forkkv_cluster.core.config import parse_config
 
 SCHEMA = Path(__file__).resolve().parents[3] / "shared" / "data" / "kuberay" / "rayservice-v1.schema.json"
@@ -128,9 +129,13 @@ def test_the_workers_pods_hold_the_replicas_that_the_configuration_asks_for(
     assert needed <= cpus
 
 
-def test_the_demo_model_that_it_serves_is_built_into_the_image(serve_config: dict[str, Any], deploy_dir: Path):
+def test_without_a_model_it_serves_the_one_that_the_image_installs_with_the_package(
+    serve_config: dict[str, Any], deploy_dir: Path
+):
     args = serve_config["applications"][0]["args"]
-    built = "/opt/forkkv/demo-model"
-    assert f"build_tiny_kit('{built}')" in (deploy_dir / "Dockerfile").read_text()
-    assert args["model"]["path"] == f"{built}/tiny-random-llama"
-    assert all(adapter["path"] == f"{built}/random-{adapter['name']}" for adapter in args["adapters"])
+    assert not {"model", "adapters"} & set(args)
+    config = resolve_config(parse_config(args))
+    package = deploy_dir.parent / "forkkv_cluster"
+    assert all(Path(each.path).is_relative_to(package) for each in (config.model, *config.adapters))
+    dockerfile = (deploy_dir / "Dockerfile").read_text()
+    assert dockerfile.index("COPY forkkv_cluster forkkv_cluster") < dockerfile.index("constraints.txt .\n")

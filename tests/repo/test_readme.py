@@ -38,7 +38,7 @@ def test_every_make_verb_that_the_readme_names_exists():
 @pytest.mark.parametrize("page", ["README.md", "loadtests/README.md"])
 def test_every_file_that_a_page_links_to_or_runs_is_there(page: str):
     text = (ROOT / page).read_text()
-    paths = re.findall(r"(?:loadtests|deploy|protos|forkkv_cluster/testing)/[\w./-]*\w", text)
+    paths = re.findall(r"(?:loadtests|deploy|protos|forkkv_cluster/(?:testing|assets))/[\w./-]*\w", text)
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert paths
     for path in {*paths, *links}:

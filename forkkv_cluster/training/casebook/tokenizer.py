@@ -23,18 +23,32 @@ from forkkv_cluster.training.casebook.generator import WORD, build_casebook
 from forkkv_cluster.training.casebook.lexicon import COUNTS, POOLS, REGIONS
 from forkkv_cluster.training.casebook.roles import ROLES, Turn, ask
 
-__all__ = ["BOS", "EOS", "INVOCATION", "PAD", "Encoder", "answer_text", "load_tokenizer", "save_tokenizer", "turn_text"]
+__all__ = [
+    "BOS",
+    "CHAT_TEMPLATE",
+    "EOS",
+    "INVOCATION",
+    "PAD",
+    "Encoder",
+    "answer_text",
+    "load_tokenizer",
+    "save_tokenizer",
+    "turn_text",
+]
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS)
 INVOCATION = "\nA:"
 """Ends every question; what invokes the aLoRA adapters."""
 
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ ' ' + message.content | trim + eos_token }}"
     "{% elif message.role == 'user' %}{{ '\\nQ: ' + message.content + '\\nA:' }}"
-    "{% else %}{{ '\\n' + message.content }}{% endif %}{% endfor %}"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
 )
+"""A conversation in the layout above: the context is the system message, each question a user's. Answers begin with a space,
+whether a client sends it back or not."""
 _MAX_SIZE = 6000
 _NUM_CASEBOOKS = 300
 
@@ -78,7 +92,7 @@ def save_tokenizer(directory: str | Path, seed: int = 0) -> int:
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": PAD,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 4096,
     }

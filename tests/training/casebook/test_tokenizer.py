@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
 from forkkv_cluster.gateway.tokenization import Tokenization
+from forkkv_cluster.training.casebook import assets
 from forkkv_cluster.training.casebook.generator import build_casebook
 from forkkv_cluster.training.casebook.lexicon import COUNTS, POOLS, REGIONS
 from forkkv_cluster.training.casebook.roles import ROLES, ask
 from forkkv_cluster.training.casebook.tokenizer import (
     BOS,
+    CHAT_TEMPLATE,
     INVOCATION,
     Encoder,
     answer_text,
@@ -56,15 +59,31 @@ def test_any_text_survives_the_round_trip(tokenizer_dir: Path, text: str) -> Non
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_the_chat_template_gives_the_layout_of_training(tokenizer_dir: Path) -> None:
-    tokenization = Tokenization.from_dir(tokenizer_dir)
+@pytest.mark.parametrize("answer", ["Mara lives in Lisbon.", " Mara lives in Lisbon."])
+def test_the_chat_template_gives_the_layout_of_training(tokenizer_dir: Path, encoder: Encoder, answer: str) -> None:
     messages = [
+        {"role": "system", "content": "Casebook of the county."},
         {"role": "user", "content": "Where does Mara live?"},
-        {"role": "assistant", "content": "Mara lives in Lisbon."},
+        {"role": "assistant", "content": answer},
         {"role": "user", "content": "How old is Mara?"},
     ]
-    text = turn_text("Where does Mara live?") + answer_text("Mara lives in Lisbon.") + turn_text("How old is Mara?")
-    assert tokenization.encode_chat(messages).tolist() == tokenization.encode(text, add_special_tokens=False).tolist()
+    turns = turn_text("Where does Mara live?") + answer_text("Mara lives in Lisbon.") + turn_text("How old is Mara?")
+    tokenization = Tokenization.from_dir(tokenizer_dir)
+    expected = [*encoder.context("Casebook of the county."), *tokenization.encode(turns, add_special_tokens=False)]
+    assert tokenization.encode_chat(messages).tolist() == expected
+
+
+def test_a_chat_on_a_branch_is_a_turn(tokenizer_dir: Path, encoder: Encoder) -> None:
+    tokenization = Tokenization.from_dir(tokenizer_dir)
+    messages = [{"role": "user", "content": "How old is Mara?"}]
+    found = tokenization.encode_chat(messages, is_continuation=True)
+    assert found.tolist() == encoder.words(turn_text("How old is Mara?"))
+
+
+@pytest.mark.skipif(not assets.is_shipped(), reason="no casebook model in this checkout")
+def test_the_shipped_tokenizer_has_this_chat_template() -> None:
+    config = json.loads((assets.model_dir() / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == CHAT_TEMPLATE
 
 
 def test_each_question_ends_with_the_invocation(encoder: Encoder) -> None:
