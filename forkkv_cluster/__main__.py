@@ -65,10 +65,10 @@ def serve(
     device: Annotated[str | None, typer.Option(help=r"auto, cpu or cuda. \[default: auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16. \[default: auto]")] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="KV memory of each worker, for example 512MiB.")] = None,
-    sharing: Annotated[Sharing | None, typer.Option(help=r"Sharing of sessions that name none. \[default: eager]")] = None,
+    sharing: Annotated[Sharing | None, typer.Option(help=r"Sharing of sessions that name none. \[default: auto]")] = None,
     adapter_sharing: Annotated[
         Sharing | None,
-        typer.Option(help=r"What auto comes to on adapters that name none; auto: they are measured. \[default: isolated]"),
+        typer.Option(help=r"What auto comes to on adapters that name none; auto: they are measured. \[default: auto]"),
     ] = None,
     session_store: Annotated[str | None, typer.Option(help="memory:, sqlite:PATH or redis://HOST:PORT/DB.")] = None,
 ) -> None:
@@ -78,6 +78,8 @@ def serve(
     [bold]forkkv serve --config cluster.yaml --http-port 8080[/]. Options win over the file.
     """
     with errors_for_people():
+        if adapter_sharing is None and config is None:
+            adapter_sharing = Sharing.AUTO  # or a cluster of one command would share nothing
         overrides: dict[str, dict[str, Any]] = {
             "model": {"path": str(model) if model else None, "device": device, "dtype": dtype},
             "cache": {"kv_bytes": kv_bytes},

@@ -140,7 +140,7 @@ class SoakRun:
 
 
 def make_run(options: SoakOptions, directory: Path) -> SoakRun:
-    """The driver over a small random model, built into ``directory``. Each adapter's name has two contents, one's is an aLoRA."""
+    """The driver over a small random model, built into ``directory``. Each adapter's name has two contents, one an aLoRA."""
     kit = build_tiny_kit(directory / "kit", num_adapters=2 * len(ADAPTER_NAMES), spec=SPEC)
     config = _config(kit, options.kv_bytes, options.page_size, SchedulerConfig(
         max_num_seqs=16, max_num_batched_tokens=96, max_num_waiting=24))  # fmt: skip

@@ -154,7 +154,7 @@ class CalibrationConfig(_Section):
             description="Share of positions, at most, at which a sharing may disagree with isolated: the upper bound (Wilson, "
             "95 %) of the teacher-forced argmax disagreement.",
         ),
-    ] = 0.02
+    ] = 0.005
     min_positions: Annotated[
         int, Field(ge=1, description="Positions to compare; an adapter with fewer is served isolated.")
     ] = 2000
@@ -276,7 +276,7 @@ class ServerConfig(_Section):
 class DefaultsConfig(_Section):
     """What a request gets that does not say."""
 
-    session_sharing: Annotated[Sharing, Field(description="Sharing of a session that names none.")] = Sharing.EAGER
+    session_sharing: Annotated[Sharing, Field(description="Sharing of a session that names none.")] = Sharing.AUTO
     adapter_sharing: Annotated[
         Sharing,
         Field(

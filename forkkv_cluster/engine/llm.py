@@ -196,8 +196,8 @@ class LLM:
 
     # --- contexts ---------------------------------------------------------------------------------------------------
 
-    def context(self, prompt: Prompt, adapters: Sequence[str] = (), sharing: Sharing | str = Sharing.EAGER) -> Context:
-        """A shared context that ``adapters`` may fork. Its pass runs now, unless ``sharing`` is ``isolated``.
+    def context(self, prompt: Prompt, adapters: Sequence[str] = (), sharing: Sharing | str = Sharing.AUTO) -> Context:
+        """A shared context that ``adapters`` may fork. Its pass runs now, where ``sharing`` comes to one that shares.
 
         Raises InvalidArgument, Unsupported or NotFound.
         """

@@ -106,7 +106,7 @@ def test_an_adapter_is_described_with_its_figures() -> None:
 
 def test_the_sharing_of_adapters_may_be_set_for_all_at_start() -> None:
     config = merged_config(ClusterConfig(), {"defaults": {"adapter_sharing": Sharing.AUTO, "session_sharing": None}}, [])
-    assert (config.defaults.adapter_sharing, config.defaults.session_sharing) == (Sharing.AUTO, Sharing.EAGER)
+    assert (config.defaults.adapter_sharing, config.defaults.session_sharing) == (Sharing.AUTO, Sharing.AUTO)
 
 
 def test_the_printed_configuration_is_the_default_one() -> None:
@@ -286,7 +286,7 @@ def test_the_status_of_a_busy_cluster_fits_eighty_columns() -> None:
 
 def test_help_shows_the_defaults_that_the_options_leave_to_the_configuration() -> None:
     text = " ".join(runner.invoke(cli, ["serve", "--help"], env={"COLUMNS": "200"}).output.split())
-    for default in ("127.0.0.1", "8000", "9000", "2", "auto", "eager"):
+    for default in ("127.0.0.1", "8000", "9000", "2", "auto"):
         assert f"[default: {default}]" in text
     assert "[default: 256MiB]" in runner.invoke(cli, ["bench", "trace", "--help"], env={"COLUMNS": "200"}).output
 

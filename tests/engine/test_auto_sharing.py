@@ -62,7 +62,7 @@ def test_an_adapter_that_re_encodes_is_refused_and_served_isolated(fidelity_kit:
     llm = LLM.from_config(fidelity_kit.config())
     verdict = verdict_of(llm.load_adapter("strong", fidelity_kit.adapters["strong"], "auto"))
     assert (verdict.sharing, verdict.state) == (Sharing.ISOLATED, VerdictState.MEASURED)
-    assert "no cheaper sharing keeps to 2.00%" in verdict.reason
+    assert "no cheaper sharing keeps to 0.50%" in verdict.reason
     for sharing in (Sharing.EAGER, Sharing.RESIDUAL):
         agreement = verdict.of(sharing)
         assert agreement is not None

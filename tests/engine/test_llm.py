@@ -58,7 +58,7 @@ def test_a_branch_answers_as_the_oracle_does(llm: LLM, judge: Judge, sharing: st
 
 
 def test_a_second_turn_goes_on_from_the_first(llm: LLM, judge: Judge):
-    branch = llm.context(CONTEXT, ADAPTERS).fork("a", "critic")
+    branch = llm.context(CONTEXT, ADAPTERS, "eager").fork("a", "critic")
     first = branch.generate([11, 12, 13], max_tokens=6)
     second = branch.generate([15, 16], max_tokens=6)
     judge.check(CONTEXT, [11, 12, 13, *first.token_ids, 15, 16], second.token_ids, "critic", "eager")
@@ -68,7 +68,7 @@ def test_a_second_turn_goes_on_from_the_first(llm: LLM, judge: Judge):
 
 
 def test_branches_of_one_call_run_in_the_same_steps_and_answer_as_alone(llm: LLM, tiny_kit: TinyKit, judge: Judge):
-    context = llm.context(CONTEXT, ADAPTERS)
+    context = llm.context(CONTEXT, ADAPTERS, "eager")
     branches = [context.fork(name, name) for name in ADAPTERS]
     before = llm.status().counters.num_steps
     outputs = llm.generate_turns([(branch, [20 + i, 30]) for i, branch in enumerate(branches)], max_tokens=12)
@@ -90,7 +90,7 @@ def test_prompts_without_a_context_run_each_with_its_adapter(llm: LLM, judge: Ju
 
 
 def test_a_branch_of_a_branch_continues_it(llm: LLM):
-    parent = llm.context(CONTEXT, ADAPTERS).fork("a", "planner")
+    parent = llm.context(CONTEXT, ADAPTERS, "eager").fork("a", "planner")
     parent.generate([11, 12], max_tokens=4)
     child = parent.fork("b", "planner")
     assert child.token_ids.tolist() == parent.token_ids.tolist()
@@ -131,7 +131,7 @@ def test_options_go_over_the_sampling_that_is_given(llm: LLM):
 
 
 def test_a_failing_turn_changes_no_branch_and_leaves_nothing_in_the_engine(llm: LLM):
-    context = llm.context(CONTEXT, ADAPTERS)
+    context = llm.context(CONTEXT, ADAPTERS, "eager")
     good, bad = context.fork("good", "planner"), context.fork("bad", "critic")
     with pytest.raises(InvalidArgument, match="exceed"):
         llm.generate_turns([(good, [5]), (bad, [6] * 20_000)], max_tokens=4)
@@ -140,7 +140,7 @@ def test_a_failing_turn_changes_no_branch_and_leaves_nothing_in_the_engine(llm: 
 
 
 def test_mistakes_are_named_with_their_remedy(llm: LLM):
-    context = llm.context(CONTEXT, ["planner"])
+    context = llm.context(CONTEXT, ["planner"], "eager")
     branch = context.fork("a", "planner")
     with pytest.raises(AlreadyExists):
         context.fork("a", "planner")
@@ -157,7 +157,7 @@ def test_mistakes_are_named_with_their_remedy(llm: LLM):
     with pytest.raises(InvalidArgument, match="Put it into a list"):
         llm.generate("text")
     with pytest.raises(InvalidArgument, match="another context"):
-        llm.context(CONTEXT, ["planner"]).join(branch)
+        llm.context(CONTEXT, ["planner"], "eager").join(branch)
     with pytest.raises(InvalidArgument, match="is empty"):
         llm.context([])
     with pytest.raises(InvalidArgument, match="sharing='some'"):
@@ -220,7 +220,7 @@ def test_prompt_logprobs_have_an_entry_for_every_token_of_the_prompt(llm: LLM):
     assert whole.prompt_logprobs is not None
     assert whole.prompt_logprobs[0] is None
     assert [entry.token_id for entry in whole.prompt_logprobs[1:] if entry is not None] == CONTEXT[1:]
-    branch = llm.context(CONTEXT, ADAPTERS).fork("a", "planner")
+    branch = llm.context(CONTEXT, ADAPTERS, "eager").fork("a", "planner")
     turn = branch.generate([11, 12, 13], max_tokens=1, prompt_logprobs=0)
     assert turn.prompt_logprobs is not None
     assert [entry is None for entry in turn.prompt_logprobs] == [True] * (len(CONTEXT) + 1) + [False, False]

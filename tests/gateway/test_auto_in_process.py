@@ -156,7 +156,7 @@ async def test_an_adapter_is_measured_shared_found_to_drift_and_served_isolated_
 @pytest.fixture
 async def client(fidelity_kit: FidelityKit) -> AsyncIterator[AsyncForkKVClient]:
     """Of a gRPC server over the same service, without Ray."""
-    async for service in serving(fidelity_kit.config(calibration={"min_positions": 200})):
+    async for service in serving(fidelity_kit.config(calibration={"min_positions": 200, "max_disagreement": 0.02})):
         servicer = GrpcServicer()
         servicer.service = service
         server = grpc.aio.server()

@@ -38,7 +38,7 @@ from forkkv_cluster.gateway.session_store import MemorySessionStore
 from forkkv_cluster.testing.manual_clock import ManualClock
 from tests.gateway.fakes import BOS, MODEL, FakePool, adapter_info, make_service
 
-CREATE = CreateSessionCommand(TextOrTokens(text="the shared context"), ("planner", "critic"))
+CREATE = CreateSessionCommand(TextOrTokens(text="the shared context"), ("planner", "critic"), Sharing.EAGER)
 
 
 def turn(session: Session, branch: str = "p", text: str = "hi", **changes: object) -> GenerateCommand:
