@@ -1,4 +1,4 @@
-"""The tiny model kit: a small Llama checkpoint and PEFT adapters with *random* weights, for the demo and the tests.
+"""The tiny model kit: a small Llama checkpoint and PEFT adapters with *random* weights, for tests and benchmarks.
 
 Real files in the real formats (config, safetensors and tokenizer saved by transformers, adapters saved by peft), so the
 loading code that runs is the code that runs in production. The text that such a model writes means nothing.
@@ -31,7 +31,7 @@ _MAX_TOKENIZER_SIZE = 4096
 _README = """# Tiny model kit
 
 A Llama of {num_layers} layers and {num_adapters} LoRA adapters, all with *random* weights (seed {seed}).
-For demos and tests: what it writes means nothing.
+For tests and benchmarks: what it writes means nothing.
 """
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def demo_document() -> str:
-    """The shared document of the demo: the Harrow Lane casebook, about 25 kB of plain English."""
+    """The Harrow Lane casebook, about 25 kB of plain English: what the tokenizer of the tiny kit is trained on."""
     return (files("forkkv_cluster.testing") / "data" / "harrow_lane_casebook.txt").read_text(encoding="utf-8")
 
 
