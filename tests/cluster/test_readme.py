@@ -1,6 +1,7 @@
 """The README's examples run as they are pasted, one after the other, against what `make serve` starts, and print what they say.
 
-Only the ports are the test's. The server is a process of its own: the embedded model is not the one that other tests share.
+Only the ports are the test's, and that adapters are not measured, which takes minutes of a processor. The server is a process
+of its own: the embedded model is not the one that other tests share.
 """
 
 from __future__ import annotations
