@@ -29,6 +29,7 @@ __all__ = ["HELP", "quality"]
 CASEBOOK = "casebook"
 _ADAPTER_HELP = "NAME=DIR of a PEFT adapter; repeatable. Each is measured; several are needed for orders of arrival."
 _SAMPLES_HELP = "A JSON lines file, see below, or `casebook`: generated ones."
+_LENGTH_HELP = "Tokens of a casebook, or TOKENS:COUNT; repeatable. Default: 256, 512."
 _REFERENCE_HELP = "NAME=OTHER: NAME was made from OTHER, whose isolated answers it is held against; repeatable."
 _ARRIVALS_HELP = "Orders of arrival: 1, the adapter comes first; each further one, another adapter before it."
 HELP = (
@@ -53,8 +54,8 @@ def quality(
     policy: Annotated[list[Policy] | None, typer.Option(help="What is compared; repeatable. Default: all.")] = None,
     writer: Annotated[list[WriterMode] | None, typer.Option(help="Who writes shared KV; repeatable. Default: both.")] = None,
     reference: Annotated[list[str] | None, typer.Option(help=_REFERENCE_HELP)] = None,
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of a casebook; repeatable. Default: 256, 512.")] = None,
-    count: Annotated[int, typer.Option(help="Casebook samples of each adapter and length.", min=1)] = 50,
+    length: Annotated[list[str] | None, typer.Option(help=_LENGTH_HELP)] = None,
+    count: Annotated[int, typer.Option(help="Casebook samples of each adapter and length that names no count.", min=1)] = 50,
     arrivals: Annotated[int, typer.Option(help=_ARRIVALS_HELP, min=1)] = 2,
     max_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 64,
     top: Annotated[int, typer.Option(help="Most likely tokens that KL is over.", min=1, max=20)] = 20,
@@ -79,7 +80,7 @@ def quality(
         roles, references = named(role or [], "--role", "ROLE"), named(reference or [], "--reference", "OTHER")
         check_references(references, adapters)
         result, facts = _measure(
-            model_dir, adapters, samples, roles, tuple(length or (256, 512)), count, workers,
+            model_dir, adapters, samples, roles, length or ["256", "512"], count, workers,
             {"policies": tuple(policy or Policy), "writers": tuple(writer or WriterMode), "num_arrivals": arrivals,
              "max_tokens": max_tokens, "num_top": top, "num_probes": probes, "batch_size": batch, "seed": seed,
              "references": references},
@@ -122,18 +123,18 @@ def check_references(references: Mapping[str, str], adapters: Mapping[str, str])
 
 
 def _measure(
-    model_dir: Path, adapters: dict[str, str], source: str, roles: dict[str, str], lengths: tuple[int, ...], count: int,
+    model_dir: Path, adapters: dict[str, str], source: str, roles: dict[str, str], lengths: list[str], count: int,
     num_workers: int, options: dict[str, Any], engine_options: dict[str, Any],
 ) -> tuple[QualityResult, dict[str, Any]]:  # fmt: skip
     """The result; model, dtype, samples and options as JSON."""
-    from forkkv_cluster.bench.quality.casebook import casebook_samples, roles_of  # Here: what follows needs torch.
+    from forkkv_cluster.bench.quality.casebook import casebook_samples, lengths_of, roles_of  # Here: what follows needs torch.
     from forkkv_cluster.bench.quality.engine import QualityEngine, engine_config
     from forkkv_cluster.bench.quality.pool import Local, Processes
     from forkkv_cluster.bench.quality.run import QualityOptions, run_quality
     from forkkv_cluster.bench.quality.samples import read_samples
 
     if source == CASEBOOK:
-        found = casebook_samples(roles_of(adapters, roles), lengths, count, options["seed"])
+        found = casebook_samples(roles_of(adapters, roles), lengths_of(lengths, count), options["seed"])
     else:
         found = read_samples(Path(source), adapters)
     config = engine_config(model_dir, adapters, **engine_options)

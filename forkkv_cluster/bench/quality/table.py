@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -18,7 +18,13 @@ COLUMNS = (
 )  # fmt: skip
 """Of one row; the adapter heads its table."""
 
-SUMMARY_COLUMNS = ("policy", "adapters", "n", "loss, points", "worst", "within zero", "adapters that share", "context shared")
+_NARROW = ("policy", "first", "n", "accuracy", "loss, points", "shared")
+"""What a terminal of 80 columns has room for; the reports have all."""
+
+SUMMARY_COLUMNS = (
+    "policy", "adapters", "n", "loss, points", "worst", "its loss, points", "within zero", "that share", "context shared",
+)  # fmt: skip
+_NARROW_SUMMARY = ("policy", "adapters", "loss, points", "worst", "that share", "context shared")
 
 
 def quality_tables(rows: Sequence[Row]) -> list[Table]:
@@ -26,16 +32,21 @@ def quality_tables(rows: Sequence[Row]) -> list[Table]:
     by_adapter: dict[str, list[Row]] = {}
     for row in whole(rows):
         by_adapter.setdefault(row.adapter, []).append(row)
-    tables = [_table(title_of(own[0]), COLUMNS, [cells_of(row) for row in own]) for own in by_adapter.values()]
-    return [*tables, _table("all adapters", SUMMARY_COLUMNS, [summary_cells(entry) for entry in summaries(rows)])]
+    tables = [
+        _table(title_of(own[0]), _NARROW, [dict(zip(COLUMNS, cells_of(row), strict=True)) for row in own])
+        for own in by_adapter.values()
+    ]
+    totals = [dict(zip(SUMMARY_COLUMNS, summary_cells(entry), strict=True)) for entry in summaries(rows)]
+    return [*tables, _table("all adapters", _NARROW_SUMMARY, totals)]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=index < 2)
+def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for column in columns:
+        is_name = column in ("policy", "first", "worst")
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[column] for column in columns))
     return table
 
 
@@ -77,7 +88,8 @@ def summary_cells(entry: Summary) -> list[str]:
         f"{entry.num_adapters}",
         f"{entry.num_samples:,}",
         points(entry.loss),
-        f"{entry.worst} {points(entry.worst_loss)}",
+        entry.worst,
+        points(entry.worst_loss),
         f"{entry.num_level} of {entry.num_adapters}",
         f"{entry.num_shared} of {entry.num_adapters}",
         f"{100 * entry.shared_share:.0f} %",
@@ -89,4 +101,4 @@ def percent(share: Interval) -> str:
 
 
 def points(loss: Interval) -> str:
-    return f"{100 * loss.value:+.2f} ({100 * loss.low:+.2f} to {100 * loss.high:+.2f})"
+    return f"{100 * loss.value:+.2f} ({100 * loss.low:.2f} to {100 * loss.high:.2f})"
