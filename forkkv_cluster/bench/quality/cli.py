@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ CASEBOOK = "casebook"
 _ADAPTER_HELP = "NAME=DIR of a PEFT adapter; repeatable. Each is measured; several are needed for orders of arrival."
 _SAMPLES_HELP = "A JSON lines file, see below, or `casebook`: generated ones."
 _LENGTH_HELP = "Tokens of a casebook, or TOKENS:COUNT; repeatable. Default: 256, 512."
+_MINUTES_HELP = "Begin nothing after so long, and report what has run: of all adapters and lengths alike."
 _REFERENCE_HELP = "NAME=OTHER: NAME was made from OTHER, whose isolated answers it is held against; repeatable."
 _ARRIVALS_HELP = "Orders of arrival: 1, the adapter comes first; each further one, another adapter before it."
 HELP = (
@@ -66,6 +68,7 @@ def quality(
     kv_bytes: Annotated[str, typer.Option(help="KV memory of each engine.")] = "256MiB",
     workers: Annotated[int, typer.Option(help="Processes, each with an engine of its own.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of each; 0: all cores between them.", min=0)] = 0,
+    minutes: Annotated[float, typer.Option(help=_MINUTES_HELP, min=0)] = math.inf,
     seed: Annotated[int, typer.Option(help="Of casebooks and resamples.", min=0)] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write the report here, with charts, as one page.")] = None,
@@ -80,7 +83,7 @@ def quality(
         roles, references = named(role or [], "--role", "ROLE"), named(reference or [], "--reference", "OTHER")
         check_references(references, adapters)
         result, facts = _measure(
-            model_dir, adapters, samples, roles, length or ["256", "512"], count, workers,
+            model_dir, adapters, samples, roles, length or ["256", "512"], count, workers, 60 * minutes,
             {"policies": tuple(policy or Policy), "writers": tuple(writer or WriterMode), "num_arrivals": arrivals,
              "max_tokens": max_tokens, "num_top": top, "num_probes": probes, "batch_size": batch, "seed": seed,
              "references": references},
@@ -124,7 +127,7 @@ def check_references(references: Mapping[str, str], adapters: Mapping[str, str])
 
 def _measure(
     model_dir: Path, adapters: dict[str, str], source: str, roles: dict[str, str], lengths: list[str], count: int,
-    num_workers: int, options: dict[str, Any], engine_options: dict[str, Any],
+    num_workers: int, max_seconds: float, options: dict[str, Any], engine_options: dict[str, Any],
 ) -> tuple[QualityResult, dict[str, Any]]:  # fmt: skip
     """The result; model, dtype, samples and options as JSON."""
     from forkkv_cluster.bench.quality.casebook import casebook_samples, lengths_of, roles_of  # Here: what follows needs torch.
@@ -141,7 +144,7 @@ def _measure(
     engine, chosen = QualityEngine(config), QualityOptions(**options)
     workers = Processes(config, num_workers) if num_workers > 1 else nullcontext(Local(engine))
     with workers as pool, _progress() as on_progress:
-        result = run_quality(engine.subjects, pool, found, chosen, on_progress)
+        result = run_quality(engine.subjects, pool, found, chosen, on_progress, max_seconds)
     facts = {"model": model_dir.name, "dtype": engine.engine.model_info.dtype, "samples": source, "num_samples": len(found)}
     return result, {**facts, "options": asdict(chosen)}
 

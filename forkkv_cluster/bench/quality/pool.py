@@ -49,8 +49,12 @@ class Processes(AbstractContextManager["Processes"]):
 
     def run(self, work: Callable[[QualityEngine, Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
         futures = {self._executor.submit(_call, work, task): index for index, task in enumerate(tasks)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 _opened: list[QualityEngine] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -52,9 +54,11 @@ def run_quality(
     samples: Sequence[QualitySample],
     options: QualityOptions,
     on_progress: OnProgress = lambda what, done, total: None,
+    max_seconds: float = math.inf,
 ) -> QualityResult:
     """``subjects``: what the pool's engines have loaded. ``on_progress`` is told how many samples of how many in all cells
-    have run.
+    have run. After ``max_seconds`` no batch begins, and rows are of those that ran: of each adapter and length
+    as large a share.
 
     Raises InvalidArgument for an adapter without a sample, and what the engine raises for a request.
     """
@@ -63,10 +67,11 @@ def run_quality(
     for name, own in by_adapter.items():
         if not own:
             raise InvalidArgument("--samples", name, "is an adapter without a sample", "Add samples for it, or leave it out.")
+    deadline = time.monotonic() + max_seconds
     verdicts = _calibrated(subjects, pool, on_progress) if Policy.AUTO in options.policies else {}
     cells = plan_cells(subjects, options.policies, options.writers, options.num_arrivals)
     plan = _Plan(subjects, cells, by_adapter, options, verdicts)
-    results = _all(pool, plan.batches, on_progress)
+    results = _all(pool, plan.batches, plan.order, on_progress, deadline)
     rows = [row for subject in subjects for row in plan.rows(subject, results)]
     return QualityResult(rows, verdicts)
 
@@ -86,15 +91,20 @@ def _calibrated(subjects: Sequence[Subject], pool: Pool, on_progress: OnProgress
     return {name: found[name] for name in names}
 
 
-def _all(pool: Pool, batches: Sequence[Batch], on_progress: OnProgress) -> list[list[CellResult]]:
-    """In the order of the batches, whatever the order in which they end."""
+def _all(
+    pool: Pool, batches: Sequence[Batch], order: Sequence[int], on_progress: OnProgress, deadline: float
+) -> dict[int, list[CellResult]]:
+    """By the batches' indices; those that had not begun by the deadline are missing."""
     sizes = [len(batch.cells) * len(batch.samples) for batch in batches]
     done, found = 0, {}
-    for index, result in pool.run(run_batch, batches):
+    for place, result in pool.run(run_batch, [batches[index] for index in order]):
+        index = order[place]
         found[index] = result
         done += sizes[index]
         on_progress(batches[index].cells[-1].adapter, done, sum(sizes))
-    return [found[index] for index in range(len(batches))]
+        if time.monotonic() > deadline:
+            break
+    return found
 
 
 class _Plan:
@@ -117,6 +127,16 @@ class _Plan:
             self.batches += self._batches(own, samples[subject.name])
             self._places[subject.name] = range(before, len(self.batches))
 
+    @property
+    def order(self) -> list[int]:
+        """All subjects and lengths of context side by side: wherever it ends, of each as large a share has run."""
+        groups: dict[tuple[str, int], list[int]] = {}
+        for name, places in self._places.items():
+            for index in places:
+                groups.setdefault((name, self.batches[index].samples[0].context_tokens), []).append(index)
+        shares = {index: place / len(group) for group in groups.values() for place, index in enumerate(group)}
+        return sorted(shares, key=lambda index: shares[index])
+
     def _batches(self, cells: Sequence[Cell], samples: Sequence[QualitySample]) -> Iterator[Batch]:
         options = self._options
         probes = evenly_spaced(len(samples), options.num_probes)
@@ -126,9 +146,11 @@ class _Plan:
             name = f"{cells[-1].adapter}/{start}"
             yield Batch(name, tuple(cells), chosen, own_probes, self._modes, options.max_tokens, options.num_top)
 
-    def rows(self, subject: Subject, results: Sequence[Sequence[CellResult]]) -> Iterator[Row]:
+    def rows(self, subject: Subject, results: Mapping[int, Sequence[CellResult]]) -> Iterator[Row]:
         """Of the subject's own cells: its reference, where that is another adapter, has rows of its own."""
-        places = self._places[subject.name]
+        places = [place for place in self._places[subject.name] if place in results]
+        if not places:
+            return
         columns = [[results[place][number] for place in places] for number in range(len(self.batches[places[0]].cells))]
         outcomes = [[outcome for result in column for outcome in result.outcomes] for column in columns]
         alone = outcomes[0]

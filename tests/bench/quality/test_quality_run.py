@@ -167,6 +167,12 @@ def test_processes_find_what_one_engine_finds_and_auto_serves_what_it_measured(
     assert is_exact(strong)
 
 
+def test_out_of_time_what_has_run_is_reported(engine: QualityEngine):
+    options = QualityOptions((Policy.EAGER,), num_arrivals=1, max_tokens=2, batch_size=2, num_probes=0)
+    found = run_quality(engine.subjects, Local(engine), SAMPLES, options, max_seconds=0)
+    assert {(row.adapter, row.num_samples) for row in whole(found.rows)} == {("still", 2)}
+
+
 def test_an_adapter_without_a_sample_is_refused(engine: QualityEngine):
     with pytest.raises(InvalidArgument, match="strong"):
         run_quality(engine.subjects, Local(engine), [QualitySample("C", "Q", "A", adapter="still")], QualityOptions())
