@@ -95,6 +95,7 @@ def _overview(rows: Sequence[Row]) -> str:
             f"Loss under {policy} against isolated",
             [(_served_name(row), row.accuracy_loss) for row in plain if row.policy == policy and not row.is_reference],
             unit="points",
+            decimals=2,
         )
         for policy in others
     ]
@@ -125,7 +126,7 @@ def _adapter(rows: Sequence[Row]) -> str:
     top = whole(rows)
     charts = [
         interval_chart("Accuracy", [(label_of(row), row.accuracy) for row in top]),
-        interval_chart("Loss against isolated", [(label_of(row), row.accuracy_loss) for row in top], unit="points"),
+        interval_chart("Loss against isolated", [(label_of(row), row.accuracy_loss) for row in top], unit="points", decimals=2),
         interval_chart("Teacher-forced agreement with isolated", [(label_of(row), row.agreement) for row in top]),
         *_error_charts([row for row in top if row.errors and not row.is_reference]),
     ]
