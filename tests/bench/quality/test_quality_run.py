@@ -154,7 +154,9 @@ def test_processes_find_what_one_engine_finds_and_auto_serves_what_it_measured(
     model_dir: Path, adapters: Mapping[str, str], engine: QualityEngine
 ):
     options = QualityOptions((Policy.EAGER, Policy.AUTO), num_arrivals=1, max_tokens=4, batch_size=1, num_probes=1)
-    config = engine_config(model_dir, adapters, **SMALL, calibration={"min_positions": 200, "context_tokens": 32})
+    config = engine_config(
+        model_dir, adapters, **SMALL, calibration={"min_positions": 200, "context_tokens": 32, "max_disagreement": 0.05}
+    )
     with Processes(config, 2) as pool:
         apart = run_quality(engine.subjects, pool, SAMPLES, options)
     together = run_quality(engine.subjects, Local(QualityEngine(config)), SAMPLES, options)
