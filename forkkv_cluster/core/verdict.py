@@ -66,6 +66,11 @@ class SharingVerdict:
     samples: str = ""
     decided_s: float = 0.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to say but that nothing was measured, or is yet."""
+        return self.state in (VerdictState.UNMEASURED, VerdictState.WAITING)
+
     def of(self, sharing: Sharing) -> Agreement | None:
         """What was measured of ``sharing``."""
         return next((entry.agreement for entry in self.measured if entry.sharing is sharing), None)
