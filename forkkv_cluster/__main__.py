@@ -78,8 +78,6 @@ def serve(
     [bold]forkkv serve --config cluster.yaml --http-port 8080[/]. Options win over the file.
     """
     with errors_for_people():
-        if adapter_sharing is None and config is None:
-            adapter_sharing = Sharing.AUTO  # or a cluster of one command would share nothing
         overrides: dict[str, dict[str, Any]] = {
             "model": {"path": str(model) if model else None, "device": device, "dtype": dtype},
             "cache": {"kv_bytes": kv_bytes},

@@ -51,6 +51,8 @@ def serve_cluster(tiny_kit: TinyKit, tmp_path_factory: pytest.TempPathFactory) -
             "cache": {"kv_bytes": "32MiB", "page_size": 16},
             "gateway": {"session_store": f"sqlite:{tmp_path_factory.mktemp('sessions')}/sessions.sqlite"},
             "server": {"http_port": 0, "grpc_port": 0},
+            # What most tests of sharing are about; and no worker measures adapters beside them.
+            "defaults": {"session_sharing": "eager", "adapter_sharing": "isolated"},
         }
     )
     with start_cluster(config) as cluster:

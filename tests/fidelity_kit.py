@@ -39,11 +39,12 @@ class FidelityKit:
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
     def config(self, **sections: Any) -> ClusterConfig:
-        """float32, pages of 16 tokens, contexts of 96; ``sections`` over that."""
+        """float32, pages of 16 tokens, contexts of 96, nothing measured unasked; ``sections`` over that."""
         return parse_config(
             {
                 "model": {"path": str(self.model_dir), "dtype": "float32"},
                 "cache": {"kv_bytes": "32MiB", "page_size": 16},
+                "defaults": {"adapter_sharing": "isolated"},
                 **sections,
                 "calibration": {"context_tokens": 96, **sections.get("calibration", {})},
             }

@@ -52,6 +52,7 @@ def demo_config() -> ClusterConfig:
         {
             "model": {"dtype": "float32", "device": "cpu"},
             "worker": {"num_replicas": 2},
+            "defaults": {"adapter_sharing": "isolated"},  # nothing is measured beside what is timed
             "gateway": {"session_store": "memory:"},
             "server": {"http_port": 0, "grpc_port": 0},
         }

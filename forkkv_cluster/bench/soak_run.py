@@ -164,5 +164,6 @@ def _config(kit: TinyKit, kv_bytes: int, page_size: int, scheduler: SchedulerCon
             "model": {"path": str(kit.model_dir), "dtype": "float32"},
             "cache": {"kv_bytes": kv_bytes, "page_size": page_size},
             "scheduler": scheduler.model_dump(),
+            "defaults": {"adapter_sharing": "isolated"},
         }
     )

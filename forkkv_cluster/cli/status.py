@@ -16,7 +16,6 @@ from forkkv_cluster.cli.common import DEFAULT_ADDRESS, Address, Token, errors_fo
 from forkkv_cluster.client import ForkKVClient, Status
 from forkkv_cluster.core.request import AdapterInfo
 from forkkv_cluster.core.status import ClusterStatus, EngineStatus
-from forkkv_cluster.core.verdict import VerdictState
 
 MAX_ADAPTERS = 16
 """Adapters that are named without ``--all``."""
@@ -123,7 +122,7 @@ def adapter_table(found: Status) -> Table:
 
 def is_told(info: AdapterInfo) -> bool:
     """Whether there is more to say of ``auto`` on this adapter than that it was not measured."""
-    return info.verdict is not None and info.verdict.state is not VerdictState.UNMEASURED
+    return info.verdict is not None and not info.verdict.is_plain
 
 
 def sharing_table(found: Status) -> Table:

@@ -276,14 +276,20 @@ class ServerConfig(_Section):
 class DefaultsConfig(_Section):
     """What a request gets that does not say."""
 
-    session_sharing: Annotated[Sharing, Field(description="Sharing of a session that names none.")] = Sharing.AUTO
+    session_sharing: Annotated[
+        Sharing,
+        Field(
+            description="Sharing of a session that names none. auto: an adapter shares once a measurement has shown that it "
+            "may; any other: whatever it loses."
+        ),
+    ] = Sharing.AUTO
     adapter_sharing: Annotated[
         Sharing,
         Field(
             description="How requests with sharing auto are served on an adapter that was loaded without one. auto: it is "
-            "measured when it is loaded."
+            "measured once it has been used. One that is loaded with auto by name is measured at once."
         ),
-    ] = Sharing.ISOLATED
+    ] = Sharing.AUTO
     writer: Annotated[WriterMode, Field(description="Who writes shared base KV: canonical, or first for comparison.")] = (
         WriterMode.CANONICAL
     )

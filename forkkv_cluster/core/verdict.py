@@ -22,6 +22,7 @@ class VerdictState(enum.StrEnum):
     UNMEASURED   the adapter was registered without ``auto``: served by its reference
     NAMED        whoever registered it named a sharing
     EXACT        an aLoRA: every sharing is exact
+    WAITING      measured once it has been used: served by its reference until then
     CALIBRATING  being measured: served by its reference meanwhile
     MEASURED     picked within the bound
     DEMOTED      picked once; what was served since drifted beyond the bound
@@ -30,6 +31,7 @@ class VerdictState(enum.StrEnum):
     UNMEASURED = "unmeasured"
     NAMED = "named"
     EXACT = "exact"
+    WAITING = "waiting"
     CALIBRATING = "calibrating"
     MEASURED = "measured"
     DEMOTED = "demoted"
@@ -63,6 +65,11 @@ class SharingVerdict:
     measured: tuple[PolicyAgreement, ...] = ()
     samples: str = ""
     decided_s: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to say but that nothing was measured, or is yet."""
+        return self.state in (VerdictState.UNMEASURED, VerdictState.WAITING)
 
     def of(self, sharing: Sharing) -> Agreement | None:
         """What was measured of ``sharing``."""
@@ -143,7 +150,7 @@ def merged(verdicts: Iterable[SharingVerdict]) -> SharingVerdict | None:
     else any; None of none."""
     known = list(verdicts)
     demoted = [verdict for verdict in known if verdict.state is VerdictState.DEMOTED]
-    decided = [verdict for verdict in known if verdict.state is not VerdictState.CALIBRATING]
+    decided = [verdict for verdict in known if verdict.state not in (VerdictState.WAITING, VerdictState.CALIBRATING)]
     candidates = demoted or decided or known
     return max(candidates, key=lambda verdict: _caution(verdict), default=None)
 

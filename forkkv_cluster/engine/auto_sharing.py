@@ -2,13 +2,16 @@
 
 Verdicts are kept by (base model, adapter content, reference, samples, bound) for as long as the process lives, demotions among
 them: an adapter that is loaded again is not measured again, and one that drifted does not come back as if it had not.
+
+An adapter that was registered with ``auto`` by name is measured at once, one that ``auto`` is only the default of when it has
+first been used: of thousands that are registered, most may never be.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from forkkv_cluster.core.agreement import Agreement
@@ -19,7 +22,7 @@ from forkkv_cluster.core.ids import AdapterDigest
 from forkkv_cluster.core.request import AdapterInfo, ModelInfo, Sharing
 from forkkv_cluster.core.request_builder import RequestBuilder
 from forkkv_cluster.core.verdict import SharingVerdict, VerdictState, decide, unmeasured
-from forkkv_cluster.engine.background import Lane
+from forkkv_cluster.engine.background import Lane, Rounds
 from forkkv_cluster.engine.calibration import Calibration, Measurement
 from forkkv_cluster.engine.sample_contexts import SampleContexts, SampleSource
 
@@ -65,6 +68,7 @@ class AutoSharing:
         self._registered: dict[str, _Registered] = {}
         self._verdicts: dict[_Key, SharingVerdict] = {}
         self._failed: set[_Key] = set()  # measured again when the adapter is registered again
+        self._put_off: dict[_Key, Rounds] = {}  # until the adapter has been used
         self.num_calibrations = 0
         self.num_demotions = 0
 
@@ -96,6 +100,8 @@ class AutoSharing:
         if source is not None:
             key = self._key(info, reference, source)
             self._measure(info, reference, candidates, source, key)
+            if is_named:
+                self._start(key)
         self._registered[info.name] = _Registered(info, asked, is_named, reference, fixed, key)
         self._release(previous)
 
@@ -118,8 +124,9 @@ class AutoSharing:
     def _release(self, gone: _Registered | None) -> None:
         if gone is None or gone.key is None or any(other.key == gone.key for other in self._registered.values()):
             return
-        if self._verdicts[gone.key].state is VerdictState.CALIBRATING:
+        if self._verdicts[gone.key].state in (VerdictState.WAITING, VerdictState.CALIBRATING):
             del self._verdicts[gone.key]
+            self._put_off.pop(gone.key, None)
             self._lane.cancel(str(gone.key))
 
     def described(self, info: AdapterInfo) -> SharingVerdict:
@@ -128,6 +135,11 @@ class AutoSharing:
         if entry.fixed is not None:
             return entry.fixed
         return self._verdicts[entry.key] if entry.key is not None else unmeasured(entry.reference)
+
+    def note_used(self, digest: AdapterDigest) -> None:
+        """A client's turn on that content has ended: what was put off until then begins."""
+        for key in [key for key in self._put_off if key[1] == digest]:
+            self._start(key)
 
     # --- drift ------------------------------------------------------------------------------------------------------
 
@@ -170,12 +182,22 @@ class AutoSharing:
         if not candidates:
             end(Measurement(()))
             return
-        reason = f"being measured; served {reference} meanwhile"
+        reason = f"measured once it has been used; served {reference} until then"
         self._verdicts[key] = SharingVerdict(
-            reference, VerdictState.CALIBRATING, reference, reason, self._config.max_disagreement, samples=source.name
+            reference, VerdictState.WAITING, reference, reason, self._config.max_disagreement, samples=source.name
         )
         calibration = Calibration(info, reference, measured, source, self._config, self._builder, self._clock)
-        self._lane.start(str(key), calibration.rounds(end))
+        self._put_off[key] = calibration.rounds(end)
+
+    def _start(self, key: _Key) -> None:
+        """Measure what was put off; anything else is measured already, or being so."""
+        rounds = self._put_off.pop(key, None)
+        if rounds is None:
+            return
+        verdict = self._verdicts[key]
+        reason = f"being measured; served {verdict.reference} meanwhile"
+        self._verdicts[key] = replace(verdict, state=VerdictState.CALIBRATING, reason=reason)
+        self._lane.start(str(key), rounds)
         self.num_calibrations += 1
 
     def _end(self, key: _Key, reference: Sharing, samples: str, found: Measurement) -> None:

@@ -86,8 +86,12 @@ class LLM:
         device: str = "auto",
         kv_bytes: int | str = "256MiB",
         num_threads: int | None = None,
+        adapter_sharing: Sharing | str = Sharing.ISOLATED,
     ) -> None:
         """Load a Hugging Face directory and PEFT directories by name; ``num_threads`` None takes all cores.
+
+        ``adapter_sharing``: what ``auto`` comes to on adapters that name nothing, unless their metadata says what they were
+        trained for. ``auto`` measures each of them when it is loaded, which the call waits for.
 
         Raises InvalidArgument or Unsupported that names the bad field. For every other setting: ``from_config``.
         """
@@ -100,6 +104,7 @@ class LLM:
                     # One caller, who waits for everything: there is nobody to be told to come again.
                     "scheduler": SchedulerConfig(max_num_waiting=_NO_LIMIT).model_dump(),
                     "worker": {"num_threads": num_threads or os.cpu_count() or 1},
+                    "defaults": {"adapter_sharing": str(parse_sharing(adapter_sharing))},
                 }
             )
         )
@@ -197,9 +202,10 @@ class LLM:
     # --- contexts ---------------------------------------------------------------------------------------------------
 
     def context(self, prompt: Prompt, adapters: Sequence[str] = (), sharing: Sharing | str = Sharing.AUTO) -> Context:
-        """A shared context that ``adapters`` may fork. Its pass runs now, where ``sharing`` comes to one that shares.
+        """A shared context that ``adapters`` may fork. Its pass runs now, unless nobody would read it.
 
-        Raises InvalidArgument, Unsupported or NotFound.
+        ``auto`` shares it with aLoRAs, adapters trained for ``eager`` and those whose measured disagreement is within the
+        bound; all others run it for themselves, exactly. Raises InvalidArgument, Unsupported or NotFound.
         """
         tokens = self.tokens(prompt, special=True)
         self._builder.check_context(tokens)

@@ -142,6 +142,8 @@ class OwnWork:
     def note_served(self, turn: Turn) -> None:
         """A turn has ended, well or because nobody wants more of it."""
         if not is_background(turn):
+            if turn.adapter is not None:
+                self.auto.note_used(turn.adapter.info.digest)
             self.probe.note_served(turn)
 
     def drift(self) -> tuple[AdapterDrift, ...]:

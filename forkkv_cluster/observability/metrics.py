@@ -15,7 +15,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from forkkv_cluster.core.status import AdapterDrift, ClusterStatus, EngineCounters, WorkerStatus
-from forkkv_cluster.core.verdict import VerdictState
 
 Sample = tuple[tuple[str, ...], float]
 """(label values, value)."""
@@ -103,7 +102,7 @@ def _adapter_bytes(status: ClusterStatus) -> Iterator[Sample]:
 def _sharing(status: ClusterStatus) -> Iterator[Sample]:
     for worker in status.workers:
         for info in worker.engine.adapters:
-            if info.verdict is not None and info.verdict.state is not VerdictState.UNMEASURED:
+            if info.verdict is not None and not info.verdict.is_plain:
                 yield (worker.worker_id, info.name, str(info.verdict.sharing), str(info.verdict.state)), 1.0
 
 

@@ -105,8 +105,8 @@ def test_an_adapter_is_described_with_its_figures() -> None:
 
 
 def test_the_sharing_of_adapters_may_be_set_for_all_at_start() -> None:
-    config = merged_config(ClusterConfig(), {"defaults": {"adapter_sharing": Sharing.AUTO, "session_sharing": None}}, [])
-    assert (config.defaults.adapter_sharing, config.defaults.session_sharing) == (Sharing.AUTO, Sharing.AUTO)
+    config = merged_config(ClusterConfig(), {"defaults": {"adapter_sharing": Sharing.ISOLATED, "session_sharing": None}}, [])
+    assert (config.defaults.adapter_sharing, config.defaults.session_sharing) == (Sharing.ISOLATED, Sharing.AUTO)
 
 
 def test_the_printed_configuration_is_the_default_one() -> None:

@@ -153,7 +153,7 @@ def test_an_error_tells_no_secrets(gateway: dict[str, Any]) -> None:
 def test_an_empty_file_is_the_defaults(raw: object) -> None:
     config = parse_config(raw)
     assert config == ClusterConfig()
-    assert config.defaults.session_sharing is Sharing.AUTO
+    assert (config.defaults.session_sharing, config.defaults.adapter_sharing) == (Sharing.AUTO, Sharing.AUTO)
     assert config.defaults.writer is WriterMode.CANONICAL
     assert config.server.host == "127.0.0.1"
 

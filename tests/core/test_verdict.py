@@ -106,3 +106,12 @@ def calibrating() -> SharingVerdict:
 def test_of_workers_that_differ_the_most_cautious_one_holds(said: list[SharingVerdict], wanted: Sharing | None) -> None:
     found = merged(said)
     assert (found.sharing if found is not None else None) is wanted
+
+
+def test_a_worker_that_waits_for_the_first_use_does_not_hold_back_one_that_has_measured() -> None:
+    measured = verdict(eager=0)
+    waiting = SharingVerdict(Sharing.ISOLATED, VerdictState.WAITING, Sharing.ISOLATED, "measured once it has been used")
+    assert waiting.is_plain
+    assert not measured.is_plain
+    assert merged([waiting, measured, waiting]) == measured
+    assert merged([waiting]) == waiting

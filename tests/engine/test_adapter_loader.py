@@ -77,6 +77,7 @@ def config_of(kit: TinyKit, adapters: Mapping[str, Path], memory: AdapterMemoryC
             "adapters": [{"name": name, "path": str(path)} for name, path in adapters.items()],
             "cache": {"kv_bytes": "16MiB", "page_size": 16},
             "adapter_memory": memory.model_dump(),
+            "defaults": {"adapter_sharing": "isolated"},  # who is read is who is asked for
         }
     )
 

@@ -294,13 +294,42 @@ def test_an_adapter_loaded_without_a_word_on_sharing_is_isolated_under_auto_and_
     assert engine.status().counters.calibrations == 0
 
 
-def test_the_configuration_may_have_every_adapter_measured(fidelity_kit: FidelityKit) -> None:
+def test_where_auto_is_the_default_an_adapter_is_measured_once_it_has_been_used(fidelity_kit: FidelityKit) -> None:
+    engine = engine_of(fidelity_kit, defaults={"adapter_sharing": "auto"}, calibration=QUICK)
+    weak, other = (engine.load_adapter(name, str(fidelity_kit.adapters[name])) for name in ("weak", "strong"))
+    drain(engine)
+    assert engine.status().counters.calibrations == 0
+    assert (verdict_of(weak).sharing, verdict_of(weak).state) == (Sharing.ISOLATED, VerdictState.WAITING)
+    engine.add_request(prompt(engine, weak, CONTEXT, "r"))
+    drain(engine)
+    assert (state_of(engine, "weak").sharing, state_of(engine, "weak").state) == (Sharing.EAGER, VerdictState.MEASURED)
+    assert state_of(engine, "strong").state is VerdictState.WAITING
+    assert engine.status().counters.calibrations == 1
+    engine.load_adapter("strong", other.path, Sharing.AUTO)  # by name: at once
+    assert state_of(engine, "strong").state is VerdictState.CALIBRATING
+    engine.unload_adapter("strong")
+    drain(engine)
+    engine.load_adapter("strong", other.path)
+    assert state_of(engine, "strong").state is VerdictState.WAITING
+
+
+def test_an_adapter_that_was_never_used_is_forgotten_without_a_measurement(fidelity_kit: FidelityKit) -> None:
+    engine = engine_of(fidelity_kit, defaults={"adapter_sharing": "auto"}, calibration=QUICK)
+    weak = engine.load_adapter("weak", str(fidelity_kit.adapters["weak"]))
+    engine.unload_adapter("weak")
+    again = engine.load_adapter("again", weak.path)
+    engine.add_request(prompt(engine, again, CONTEXT, "r"))
+    drain(engine)
+    assert state_of(engine, "again").sharing is Sharing.EAGER
+    assert engine.status().counters.calibrations == 1
+
+
+def test_the_configuration_may_name_auto_or_another_sharing_for_each_adapter(fidelity_kit: FidelityKit) -> None:
     config = fidelity_kit.config(
         adapters=[
-            {"name": "weak", "path": str(fidelity_kit.adapters["weak"])},
+            {"name": "weak", "path": str(fidelity_kit.adapters["weak"]), "sharing": "auto"},
             {"name": "strong", "path": str(fidelity_kit.adapters["strong"]), "sharing": "eager"},
         ],
-        defaults={"adapter_sharing": "auto"},
         calibration=QUICK,
     )
     llm = LLM.from_config(config)

@@ -78,6 +78,13 @@ def test_branches_of_one_call_run_in_the_same_steps_and_answer_as_alone(llm: LLM
         assert context.session.branch(name).own.tolist() == [20 + i, 30, *output.token_ids]
 
 
+def test_a_context_that_names_no_sharing_shares_nothing_with_an_adapter_of_which_nothing_is_known(llm: LLM, judge: Judge):
+    context = llm.context(CONTEXT, ADAPTERS)
+    assert context.session.sharing is Sharing.AUTO
+    output = context.fork("a", "planner").generate([11, 12, 13, 14], max_tokens=8)
+    judge.check(CONTEXT, [11, 12, 13, 14], output.token_ids, "planner", "isolated")
+
+
 def test_prompts_without_a_context_run_each_with_its_adapter(llm: LLM, judge: Judge):
     prompts = [CONTEXT[:20], CONTEXT[20:50], CONTEXT[:33]]
     for prompt, name, output in zip(

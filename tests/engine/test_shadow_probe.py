@@ -159,7 +159,7 @@ def test_branches_under_a_named_sharing_are_probed_where_the_operator_asks_for_i
 def test_a_branch_that_a_stop_string_ended_is_probed_too(fidelity_kit: FidelityKit) -> None:
     llm = LLM.from_config(fidelity_kit.config(guardrail={"named_share": 1.0}))
     llm.load_adapter("strong", fidelity_kit.adapters["strong"])
-    branch = llm.context(contexts(1, 40)[0], ["strong"]).fork("a", "strong")
+    branch = llm.context(contexts(1, 40)[0], ["strong"], "eager").fork("a", "strong")
     text = branch.fork("b").generate([5, 6], max_tokens=8).text
     before = llm.status().counters.probes
     branch.generate([5, 6], max_tokens=200, stop=(text[2:4],))

@@ -78,6 +78,18 @@ async def test_a_session_is_stored_and_its_context_pass_runs_behind() -> None:
     assert [adapter.name for adapter in context_pass.declared] == ["planner", "critic"]
 
 
+async def test_a_session_that_names_no_sharing_shares_nothing_until_a_measurement_allows_it() -> None:
+    pool = FakePool()
+    service = make_service(pool)
+    session = await forked(service, create=CreateSessionCommand(CREATE.context, CREATE.adapters))
+    assert session.sharing is Sharing.AUTO
+    events = await run(service, turn(session))
+    assert isinstance(events[-1], TurnFinished)
+    assert events[-1].sharing is Sharing.ISOLATED
+    await settle()
+    assert pool.contexts == []
+
+
 async def test_a_session_that_is_to_be_kept_says_so_with_each_pass_and_until_it_is_closed() -> None:
     pool = FakePool()
     service = make_service(pool)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from forkkv_cluster.core.config import AdapterConfig, CacheConfig, ClusterConfig, ModelConfig
+from forkkv_cluster.core.config import AdapterConfig, CacheConfig, ClusterConfig, DefaultsConfig, ModelConfig
 from forkkv_cluster.core.ids import WorkerId
-from forkkv_cluster.core.request import AdapterRef
+from forkkv_cluster.core.request import AdapterRef, Sharing
 from forkkv_cluster.routing.placement_request import placement_request
 from forkkv_cluster.testing.in_memory_directory import InMemoryDirectory
 from forkkv_cluster.testing.requests import context_request, generate_request
@@ -34,6 +34,7 @@ async def worker(
         model=ModelConfig(path=str(tiny_model_dir), device="cpu"),
         adapters=adapters,
         cache=CacheConfig(kv_bytes=64 * 2**20, page_size=PAGE_SIZE),
+        defaults=DefaultsConfig(adapter_sharing=Sharing.ISOLATED),  # what runs is what the tests ask for
     )
     worker = ForkKVWorker(config, sink=directory)
     yield worker

@@ -10,7 +10,7 @@ from forkkv_cluster.training.casebook.roles import ROLES
 from forkkv_cluster.training.casebook.samples import examples
 from forkkv_cluster.training.casebook.tokenizer import turn_text
 
-__all__ = ["casebook_samples", "roles_of"]
+__all__ = ["casebook_samples", "lengths_of", "roles_of"]
 
 
 def roles_of(adapters: Iterable[str], given: Mapping[str, str]) -> dict[str, str]:
@@ -33,8 +33,22 @@ def _role_in(name: str) -> str:
     return max(found, key=len)
 
 
-def casebook_samples(roles: Mapping[str, str], lengths: Sequence[int], count: int, seed: int) -> list[QualitySample]:
-    """``count`` questions of its role to each adapter at each length, each about a casebook of its own.
+def lengths_of(values: Sequence[str], count: int) -> dict[int, int]:
+    """LENGTH or LENGTH:COUNT -> how many at which length. Raises InvalidArgument for another form, or one given twice."""
+    found: dict[int, int] = {}
+    for value in values:
+        parts = value.split(":")
+        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 2:
+            raise InvalidArgument("--length", value, "is not LENGTH or LENGTH:COUNT", "Write for example 1024 or 1024:20.")
+        length = int(parts[0])
+        if length in found:
+            raise InvalidArgument("--length", value, "is given twice", "Give each length once.")
+        found[length] = int(parts[1]) if len(parts) == 2 else count
+    return found
+
+
+def casebook_samples(roles: Mapping[str, str], lengths: Mapping[int, int], seed: int) -> list[QualitySample]:
+    """As many questions of its role to each adapter as ``lengths`` says of each length, each about a casebook of its own.
 
     Adapters of one role get the same ones. Raises InvalidArgument for a length too short for a casebook.
     """
@@ -44,6 +58,6 @@ def casebook_samples(roles: Mapping[str, str], lengths: Sequence[int], count: in
     return [
         QualitySample(example.context, turn_text(example.question), example.answer, name, role, length)
         for name, role in roles.items()
-        for length in lengths
+        for length, count in lengths.items()
         for example in examples(role, seed=seed, context_tokens=length, count=count)
     ]

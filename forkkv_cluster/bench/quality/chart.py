@@ -10,18 +10,19 @@ from forkkv_cluster.bench.quality.stats import Interval
 __all__ = ["COLOURS", "interval_chart", "line_chart"]
 
 COLOURS = ("#3b6fb6", "#d1782c", "#3f8f5b", "#b04a5a", "#7a5aa6", "#8a7a3d", "#4a9aa6", "#777777")
-_WIDTH, _ROW, _LABEL = 640, 22, 220
+_WIDTH, _ROW, _LABEL, _VALUE = 640, 22, 180, 110
 
 
-def interval_chart(title: str, entries: Sequence[tuple[str, Interval]], scale: float = 100.0, unit: str = "%") -> str:
-    """One line for each entry: a dot with a bar from low to high; a dashed line at zero where it is inside."""
+def interval_chart(title: str, entries: Sequence[tuple[str, Interval]], unit: str = "%", decimals: int = 1) -> str:
+    """One line for each entry, a share or a difference of shares: a dot with a bar from low to high, and zero dashed."""
+    scale = 100.0
     ends = [value * scale for _, interval in entries for value in interval]
     low, high = min(0.0, *ends), max(0.0, *ends)
     span = (high - low) or 1.0
     height = _ROW * (len(entries) + 1) + 14
 
     def x_of(value: float) -> float:
-        return _LABEL + (value - low) / span * (_WIDTH - _LABEL - 70)
+        return _LABEL + (value - low) / span * (_WIDTH - _LABEL - _VALUE)
 
     parts = [
         f'<line x1="{x_of(0):.1f}" x2="{x_of(0):.1f}" y1="{_ROW}" y2="{height - 12}" stroke="currentColor" '
@@ -34,7 +35,7 @@ def interval_chart(title: str, entries: Sequence[tuple[str, Interval]], scale: f
             f'<text x="{_LABEL - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
             f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" stroke-width="3" opacity="0.5"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-            f'<text x="{x2 + 8:.1f}" y="{y + 4:.1f}">{interval.value * scale:.1f} {escape(unit)}</text>'
+            f'<text x="{x2 + 8:.1f}" y="{y + 4:.1f}">{interval.value * scale:.{decimals}f} {escape(unit)}</text>'
         )
     return _svg(title, height, parts)
 
@@ -56,6 +57,9 @@ def line_chart(title: str, series: Mapping[str, Sequence[float]], x_label: str) 
             f'<line x1="{left}" x2="{_WIDTH - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity="0.15"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{share * top_value:.3g}</text>'
         )
+    for index in range(num_points):
+        x, _ = place(index, 0)
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{index}</text>')
     for number, (name, values) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         points = [place(index, value) for index, value in enumerate(values)]

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from forkkv_cluster.bench.quality.policies import Cell, Subject
-from forkkv_cluster.bench.quality.stats import Interval, bootstrap_mean, paired_loss, wilson
+from forkkv_cluster.bench.quality.policies import Cell, Policy, Subject
+from forkkv_cluster.bench.quality.stats import Interval, Pairs, bootstrap_mean, paired_loss, wilson
 from forkkv_cluster.core.agreement import Agreement, kl_of_top
 from forkkv_cluster.core.request import PromptLogprobs
+from forkkv_cluster.core.verdict import SharingVerdict
 
 __all__ = ["Outcome", "Row", "compared", "first_divergence", "row_of", "rows_of"]
 
@@ -22,7 +23,8 @@ ALL_LENGTHS = 0
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One sample in one cell. ``divergence``: index of the first generated token that ``isolated`` does not have, None where
-    all are the same. ``agreement`` is teacher-forced, over the tokens that ``isolated`` generated."""
+    all are the same. ``agreement`` is teacher-forced, over the tokens that ``isolated`` generated. ``shared_share``: of the
+    context's tokens, those that the branch found in the cache instead of running them."""
 
     context_tokens: int
     is_right: bool
@@ -30,19 +32,23 @@ class Outcome:
     token_ids: tuple[int, ...]
     agreement: Agreement
     divergence: int | None
+    shared_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One cell at one length of context (0: at all). Intervals are of 95 %.
+    """One cell at one length of context (0: at all). Intervals are of 95 %. "isolated" is that of ``reference``.
 
+    served                  how ``auto`` was served; of any other policy empty
     accuracy, f1            share of right answers (Wilson); mean F1 over words (bootstrap)
+    pairs                   how the right answers of isolated and of this go together
     accuracy_loss, f1_loss  of isolated less this, on the same samples: above 0 is worse (Newcombe; bootstrap of differences)
     agreement               share of teacher-forced positions with isolated's most likely token (Wilson)
     kl                      mean KL(isolated | this), nats a position, over the tokens among the most likely of both, that of
                             isolated's answer, and all others taken together: never more than the whole KL
     identical               share of free-running answers that are isolated's, token for token (Wilson)
     divergence              median index of the first other token, over the answers that differ; None without such
+    shared_share            mean share of the context's tokens that the branch found in the cache, and did not run for itself
     same_as_alone           share of answers that are those of the same cell without anybody before; None where nobody was
     errors                  "k", "v", "hidden" -> relative error against isolated by layer; empty where it was not read
     """
@@ -52,10 +58,13 @@ class Row:
     policy: str
     writer: str
     first: str
+    reference: str
+    served: str
     context_tokens: int
     num_samples: int
     num_positions: int
     accuracy: Interval
+    pairs: Pairs
     accuracy_loss: Interval
     f1: Interval
     f1_loss: Interval
@@ -63,6 +72,7 @@ class Row:
     kl: float
     identical: Interval
     divergence: float | None
+    shared_share: float
     same_as_alone: float | None = None
     errors: Mapping[str, list[float]] = field(default_factory=dict)
 
@@ -71,10 +81,15 @@ class Row:
         """Whether the adapter itself came first."""
         return self.first == self.adapter
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is what the others are held against."""
+        return self.policy == Policy.ISOLATED and self.reference == self.adapter
+
     def to_json(self) -> dict[str, Any]:
-        """Intervals as {"value", "low", "high"}."""
+        """Intervals as {"value", "low", "high"}, pairs by name too."""
         values = asdict(self)
-        return {key: value._asdict() if isinstance(value, Interval) else value for key, value in values.items()}
+        return {key: value._asdict() if isinstance(value, Interval | Pairs) else value for key, value in values.items()}
 
 
 def first_divergence(reference: Sequence[int], other: Sequence[int]) -> int | None:
@@ -113,12 +128,15 @@ def rows_of(
     references: Sequence[Outcome],
     alone: Sequence[Outcome] | None = None,
     errors: Mapping[str, list[float]] | None = None,
+    verdict: SharingVerdict | None = None,
     seed: int = 0,
 ) -> list[Row]:
     """One row for each length, shortest first, after one over all of them, which has the errors; of one length, that alone.
 
     ``references`` and ``alone`` (the cell in which nobody came before, None where this is it) are of the same samples.
+    ``verdict``: what served ``auto``.
     """
+    served = str(verdict.sharing) if verdict is not None else ""
     lengths = sorted({outcome.context_tokens for outcome in outcomes})
     groups = [lengths[0]] if len(lengths) == 1 else [ALL_LENGTHS, *lengths]
     rows = []
@@ -127,7 +145,7 @@ def rows_of(
         own, wanted = ([column[index] for index in chosen] for column in (outcomes, references))
         before = [alone[index] for index in chosen] if alone is not None else None
         kept = errors if errors is not None and length == groups[0] else {}
-        rows.append(row_of(cell, subject, length, own, wanted, before, kept, seed))
+        rows.append(row_of(cell, subject, length, own, wanted, before, kept, served, seed))
     return rows
 
 
@@ -139,13 +157,17 @@ def row_of(
     references: Sequence[Outcome],
     alone: Sequence[Outcome] | None,
     errors: Mapping[str, list[float]],
+    served: str,
     seed: int,
 ) -> Row:
     """Of samples of that length; all sequences are parallel, with at least one entry."""
     agreement = sum((outcome.agreement for outcome in outcomes), Agreement())
+    pairs = Pairs.of([o.is_right for o in references], [o.is_right for o in outcomes])
     diverged = [outcome.divergence for outcome in outcomes if outcome.divergence is not None]
     return Row(
         adapter=cell.adapter,
+        reference=cell.reference,
+        served=served,
         lora_rank=subject.lora_rank,
         policy=str(cell.policy),
         writer=str(cell.writer),
@@ -154,13 +176,15 @@ def row_of(
         num_samples=len(outcomes),
         num_positions=agreement.num_positions,
         accuracy=wilson(sum(outcome.is_right for outcome in outcomes), len(outcomes)),
-        accuracy_loss=paired_loss([o.is_right for o in references], [o.is_right for o in outcomes]),
+        pairs=pairs,
+        accuracy_loss=paired_loss(pairs),
         f1=bootstrap_mean([outcome.f1 for outcome in outcomes], seed),
         f1_loss=bootstrap_mean([one.f1 - two.f1 for one, two in zip(references, outcomes, strict=True)], seed),
         agreement=wilson(agreement.num_positions - agreement.num_disagreements, agreement.num_positions),
         kl=agreement.mean_kl,
         identical=wilson(len(outcomes) - len(diverged), len(outcomes)),
         divergence=statistics.median(diverged) if diverged else None,
+        shared_share=statistics.fmean(outcome.shared_share for outcome in outcomes),
         same_as_alone=_share_of_same(outcomes, alone) if alone is not None else None,
         errors=errors,
     )

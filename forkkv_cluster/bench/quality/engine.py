@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from forkkv_cluster.core.config import ClusterConfig, SchedulerConfig, parse_con
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.ids import new_id
 from forkkv_cluster.core.prefix import TokenArray
-from forkkv_cluster.core.request import AdapterInfo, PromptLogprobs, SamplingParams, joined_prompt_logprobs
-from forkkv_cluster.core.request_builder import Envelope, RequestBuilder
+from forkkv_cluster.core.request import AdapterInfo, PromptLogprobs, SamplingParams, Sharing, joined_prompt_logprobs
+from forkkv_cluster.core.request_builder import NO_MODES, Envelope, Modes, RequestBuilder, context_plan
 from forkkv_cluster.core.session import BranchSpec, Session
+from forkkv_cluster.core.verdict import SharingVerdict
 from forkkv_cluster.engine.engine import Engine
-from forkkv_cluster.engine.local_runs import LocalRun, run_to_end
+from forkkv_cluster.engine.local_runs import LocalRun, run_to_end, settle
+from forkkv_cluster.engine.own_work import Fidelity
 
-__all__ = ["Job", "QualityEngine", "engine_config"]
+__all__ = ["Answer", "Job", "QualityEngine", "engine_config"]
 
 _TENANT = "quality"
 _NO_LIMIT = 2**31 - 1
@@ -36,10 +39,25 @@ class Job:
     question: TokenArray
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What greedy decoding said, the end-of-text token among it; ``num_shared``: tokens of the context that the branch found
+    in the cache, base and residual, and so did not run again for itself."""
+
+    token_ids: tuple[int, ...]
+    num_shared: int
+
+
 def engine_config(
-    model_dir: str | Path, adapters: Mapping[str, str], *, dtype: str, kv_bytes: str, num_threads: int
+    model_dir: str | Path,
+    adapters: Mapping[str, str],
+    *,
+    dtype: str,
+    kv_bytes: str,
+    num_threads: int,
+    calibration: Mapping[str, Any] = MappingProxyType({}),
 ) -> ClusterConfig:
-    """Raises InvalidArgument that names the bad field."""
+    """``calibration``: fields of that section, over its defaults. Raises InvalidArgument that names the bad field."""
     return parse_config(
         {
             "model": {"path": str(model_dir), "name": Path(model_dir).name, "dtype": dtype},
@@ -48,6 +66,10 @@ def engine_config(
             # One caller, who waits for everything: there is nobody to be told to come again.
             "scheduler": SchedulerConfig(max_num_waiting=_NO_LIMIT).model_dump(),
             "worker": {"num_threads": num_threads},
+            "calibration": dict(calibration),
+            # Measured when asked for, and nothing beside it.
+            "defaults": {"adapter_sharing": "isolated"},
+            "guardrail": {"share": 0.0},
         }
     )
 
@@ -69,6 +91,7 @@ class QualityEngine:
             config.scheduler,
             merged_share=config.cache.merged_share,
             adapter_memory=config.adapter_memory,
+            fidelity=Fidelity.from_config(config, runner.info),
         )
         infos = [self.engine.load_adapter(adapter.name, adapter.path) for adapter in config.adapters]
         self._infos: dict[str, AdapterInfo] = {info.name: info for info in infos}
@@ -82,6 +105,14 @@ class QualityEngine:
         """In the order of the configuration."""
         return [Subject(info.name, info.lora_rank, bool(info.invocation_tokens)) for info in self._infos.values()]
 
+    def calibrate(self, adapter: str) -> SharingVerdict:
+        """How ``auto`` is served on it, as the engine itself measures that when it is loaded so. Takes a while."""
+        self.engine.load_adapter(adapter, self._infos[adapter].path, Sharing.AUTO)
+        settle(self.engine)
+        verdict = next(info.verdict for info in self.engine.list_adapters() if info.name == adapter)
+        assert verdict is not None
+        return verdict
+
     def job(self, context: str, question: str) -> Job:
         """Tokens of both; the context begins with what the tokenizer puts before a text of its own."""
         ids = (self._tokenizer.encode(context), self._tokenizer.encode(question, add_special_tokens=False))
@@ -91,17 +122,19 @@ class QualityEngine:
         """Without special tokens."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def open(self, cell: Cell, jobs: Sequence[Job]) -> CellRun:
-        """Sessions of the cell over the jobs' contexts: written, and forked by whoever comes first."""
-        return CellRun(self, cell, jobs)
+    def open(self, cell: Cell, jobs: Sequence[Job], modes: Modes = NO_MODES, group: str = "") -> CellRun:
+        """Sessions of the cell over the jobs' contexts: written, and forked by whoever comes first. ``auto`` is served as
+        ``modes`` say; pages are found within ``group`` alone."""
+        return CellRun(self, cell, jobs, modes, group)
 
     def run(self, runs: list[LocalRun]) -> list[LocalRun]:
         """To their end, all at once. Raises the error of the first that failed."""
         run_to_end(self.engine, runs)
         return runs
 
-    def session(self, cell: Cell, context: TokenArray) -> Session:
-        """Pages of one order of arrival and one writer are apart from those of any other."""
+    def session(self, cell: Cell, context: TokenArray, group: str) -> Session:
+        """Pages of one order of arrival and one writer are apart from those of any other, and those of ``auto``, of which is
+        counted what it finds."""
         return Session(
             session_id=new_id("session"),
             tenant=_TENANT,
@@ -110,19 +143,27 @@ class QualityEngine:
             sharing=cell.policy.sharing,
             writer=cell.writer,
             created_s=time.time(),
-            sharing_group=f"{cell.writer}/{cell.first if cell.first != cell.adapter else ''}",
+            sharing_group=f"{group}/{cell.writer}/{cell.first if cell.first != cell.adapter else ''}{_own_group(cell)}",
         )
 
-    def context_pass(self, session: Session) -> LocalRun:
-        """The base model's pass over the session's context."""
+    def context_passes(self, session: Session, modes: Modes) -> list[LocalRun]:
+        """The base model's pass over the session's context, if one is needed."""
+        plan = context_plan(session, modes) if session.needs_context_pass else None
+        if plan is None:
+            return []
+        sharing, declared = plan
         request = self._builder.context_pass(
-            session.context, session.adapters, session.sharing, session.sharing_group, session.session_id, _envelope()
+            session.context, declared, sharing, session.sharing_group, session.session_id, _envelope()
         )
-        return LocalRun(request)
+        return [LocalRun(request)]
 
-    def turn(self, session: Session, branch: str, tokens: TokenArray, sampling: SamplingParams) -> LocalRun:
-        """One turn of a branch of the session, which must have been forked."""
-        return LocalRun(self._builder.turn(session, session.branch(branch), tokens, sampling, _envelope()))
+    def turn(
+        self, session: Session, branch: str, tokens: TokenArray, sampling: SamplingParams, modes: Modes, num_unscored: int = 0
+    ) -> LocalRun:
+        """One turn of a branch of the session, which must have been forked; its first ``num_unscored`` tokens, of those it
+        appends, are not scored, whatever ``sampling`` asks."""
+        request = self._builder.turn(session, session.branch(branch), tokens, sampling, _envelope(), modes)
+        return LocalRun(replace(request, scored_from=len(session.context) + num_unscored))
 
     def record(self, run: LocalRun, context_len: int) -> Reading:
         """Run one request, alone, and read what it read and computed."""
@@ -134,10 +175,10 @@ class QualityEngine:
 class CellRun:
     """The sessions of one cell, one for each job. ``first`` of the cell has had its turn when this is made."""
 
-    def __init__(self, engine: QualityEngine, cell: Cell, jobs: Sequence[Job]) -> None:
-        self._engine, self._cell, self._jobs = engine, cell, jobs
-        sessions = [engine.session(cell, job.context) for job in jobs]
-        engine.run([engine.context_pass(session) for session in sessions if session.needs_context_pass])
+    def __init__(self, engine: QualityEngine, cell: Cell, jobs: Sequence[Job], modes: Modes, group: str) -> None:
+        self._engine, self._cell, self._jobs, self._modes = engine, cell, jobs, modes
+        sessions = [engine.session(cell, job.context, group) for job in jobs]
+        engine.run([run for session in sessions for run in engine.context_passes(session, modes)])
         self._sessions = [self._fork(session) for session in sessions]
         if cell.first != cell.adapter:
             self._turns("first", [job.question for job in jobs], SamplingParams(max_tokens=1))
@@ -149,18 +190,21 @@ class CellRun:
 
     def _turns(self, branch: str, tokens: Sequence[TokenArray], sampling: SamplingParams) -> list[LocalRun]:
         pairs = zip(self._sessions, tokens, strict=True)
-        return self._engine.run([self._engine.turn(session, branch, own, sampling) for session, own in pairs])
+        return self._engine.run([self._engine.turn(session, branch, own, sampling, self._modes) for session, own in pairs])
 
-    def answers(self, max_tokens: int) -> list[tuple[int, ...]]:
-        """What greedy decoding says to each question, at most ``max_tokens`` tokens, the end-of-text token among them."""
-        sampling = SamplingParams(max_tokens=max_tokens)
-        return [tuple(run.token_ids) for run in self._turns("own", [job.question for job in self._jobs], sampling)]
+    def answers(self, max_tokens: int) -> list[Answer]:
+        """To each question, of at most ``max_tokens`` tokens."""
+        runs = self._turns("own", [job.question for job in self._jobs], SamplingParams(max_tokens=max_tokens))
+        return [
+            Answer(tuple(run.token_ids), min(run.usage.useful_hit_tokens, len(job.context)))
+            for run, job in zip(runs, self._jobs, strict=True)
+        ]
 
     def scores(self, answers: Sequence[Sequence[int]], num_top: int, *, alone: bool = False) -> list[PromptLogprobs]:
         """Each answer's tokens, teacher-forced, with the ``num_top`` most likely at each position; ``alone``: one by one."""
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=num_top)
         runs = [
-            self._engine.turn(session, "own", _forced(job, answer), sampling)
+            self._engine.turn(session, "own", _forced(job, answer), sampling, self._modes, len(job.question))
             for session, job, answer in zip(self._sessions, self._jobs, answers, strict=True)
         ]
         for group in [[run] for run in runs] if alone else [runs]:
@@ -173,9 +217,13 @@ class CellRun:
         found = []
         for index in indices:
             job = self._jobs[index]
-            turn = self._engine.turn(self._sessions[index], "own", _forced(job, answers[index]), sampling)
+            turn = self._engine.turn(self._sessions[index], "own", _forced(job, answers[index]), sampling, self._modes)
             found.append(self._engine.record(turn, len(job.context)))
         return found
+
+
+def _own_group(cell: Cell) -> str:
+    return "/auto" if cell.policy is Policy.AUTO else ""
 
 
 def _forced(job: Job, answer: Sequence[int]) -> TokenArray:

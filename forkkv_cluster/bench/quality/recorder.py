@@ -18,7 +18,13 @@ from forkkv_cluster.engine.runner import StepResult
 from forkkv_cluster.engine.sampling_row import SamplingRow
 from forkkv_cluster.engine.torch_runner import TorchRunner
 
-__all__ = ["Reading", "RecordingRunner", "relative_errors"]
+__all__ = ["READ", "Changes", "Reading", "RecordingRunner", "changes", "relative_errors"]
+
+READ = ("k", "v", "hidden")
+"""What a reading has of each layer."""
+
+Changes = dict[str, list[tuple[float, float]]]
+"""Of each of ``READ``, by layer: the squared Frobenius norms of what changed and of the reference."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,16 +108,25 @@ class RecordingRunner(TorchRunner):
         return torch.from_numpy(slots.reshape(-1)[:num_tokens]).to(self.kv.arena.device)
 
 
-def relative_errors(references: Sequence[Reading], others: Sequence[Reading]) -> dict[str, list[float]]:
-    """ "k", "v" and "hidden" -> of each layer |other - reference| / |reference|, Frobenius over all readings together."""
-    found = {}
-    for name in ("k", "v", "hidden"):
-        pairs = [zip(getattr(one, name), getattr(two, name), strict=True) for one, two in zip(references, others, strict=True)]
-        found[name] = [_relative_error(layer) for layer in zip(*pairs, strict=True)]
-    return found
+def changes(reference: Reading, other: Reading) -> Changes:
+    """How far two readings of the same tokens are apart."""
+    return {
+        name: [_change(one, two) for one, two in zip(getattr(reference, name), getattr(other, name), strict=True)]
+        for name in READ
+    }
 
 
-def _relative_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    change = sum(float((other - reference).double().square().sum()) for reference, other in pairs)
-    norm = sum(float(reference.double().square().sum()) for reference, _ in pairs)
+def _change(reference: Tensor, other: Tensor) -> tuple[float, float]:
+    return float((other - reference).double().square().sum()), float(reference.double().square().sum())
+
+
+def relative_errors(found: Sequence[Changes]) -> dict[str, list[float]]:
+    """Of each of ``READ``, by layer: |other - reference| / |reference|, Frobenius over all readings together; none of none."""
+    if not found:
+        return {}
+    return {name: [_root(layer) for layer in zip(*(each[name] for each in found), strict=True)] for name in READ}
+
+
+def _root(layer: Sequence[tuple[float, float]]) -> float:
+    change, norm = (sum(column) for column in zip(*layer, strict=True))
     return float((change / norm) ** 0.5) if norm else 0.0

@@ -1,26 +1,33 @@
-"""All cells over all samples, in an order that lets each be compared with ``isolated`` as it ends."""
+"""All cells over all samples: planned, run batch by batch, and put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from forkkv_cluster.bench.quality.comparison import Outcome, Row, compared, first_divergence, rows_of
-from forkkv_cluster.bench.quality.engine import Job, QualityEngine
-from forkkv_cluster.bench.quality.policies import Cell, Policy, plan_cells
-from forkkv_cluster.bench.quality.recorder import Reading, relative_errors
-from forkkv_cluster.bench.quality.samples import QualitySample, length_of
+from forkkv_cluster.bench.quality.batch import Batch, CellResult, run_batch
+from forkkv_cluster.bench.quality.comparison import Row, rows_of
+from forkkv_cluster.bench.quality.engine import QualityEngine
+from forkkv_cluster.bench.quality.policies import Cell, Policy, Subject, plan_cells
+from forkkv_cluster.bench.quality.pool import Pool
+from forkkv_cluster.bench.quality.recorder import relative_errors
+from forkkv_cluster.bench.quality.samples import QualitySample
 from forkkv_cluster.core.errors import InvalidArgument
-from forkkv_cluster.core.request import PromptLogprobs, WriterMode
-from forkkv_cluster.training.casebook.scoring import f1, score
+from forkkv_cluster.core.request import WriterMode
+from forkkv_cluster.core.verdict import SharingVerdict
 
-__all__ = ["QualityOptions", "run_quality"]
+__all__ = ["OnProgress", "QualityOptions", "QualityResult", "evenly_spaced", "run_quality"]
+
+OnProgress = Callable[[str, int, int], None]
+"""What runs, and how much of how much is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class QualityOptions:
     """``batch_size`` samples run at once. ``num_probes``: of so many of an adapter's, evenly spaced, K, V and hidden states are
-    read."""
+    read. ``references``: adapter -> the one whose ``isolated`` answers it is held against, where that is another."""
 
     policies: tuple[Policy, ...] = tuple(Policy)
     writers: tuple[WriterMode, ...] = tuple(WriterMode)
@@ -30,50 +37,43 @@ class QualityOptions:
     num_probes: int = 2
     batch_size: int = 16
     seed: int = 0
+    references: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Found:
-    """What one cell brought, sample by sample."""
+@dataclass(frozen=True, slots=True)
+class QualityResult:
+    """Rows in the order of the plan; how ``auto`` is served, by adapter, where it was asked for."""
 
-    outcomes: list[Outcome]
-    scores: list[PromptLogprobs]
-    readings: list[Reading]
+    rows: list[Row]
+    verdicts: dict[str, SharingVerdict]
 
 
 def run_quality(
-    engine: QualityEngine,
+    subjects: Sequence[Subject],
+    pool: Pool,
     samples: Sequence[QualitySample],
     options: QualityOptions,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> list[Row]:
-    """Rows in the order of the plan. ``on_progress`` is told what has run, and how many samples of how many in all cells.
+    on_progress: OnProgress = lambda what, done, total: None,
+    max_seconds: float = math.inf,
+) -> QualityResult:
+    """``subjects``: what the pool's engines have loaded. ``on_progress`` is told how many samples of how many in all cells
+    have run. After ``max_seconds`` no batch begins, and rows are of those that ran: of each adapter and length
+    as large a share.
 
     Raises InvalidArgument for an adapter without a sample, and what the engine raises for a request.
     """
-    subjects = {subject.name: subject for subject in engine.subjects}
-    cells = plan_cells(list(subjects.values()), options.policies, options.writers, options.num_arrivals)
-    by_adapter = {name: [s for s in samples if s.adapter in ("", name)] for name in subjects}
+    subjects = [replace(subject, reference=options.references.get(subject.name, "")) for subject in subjects]
+    by_adapter = {subject.name: [s for s in samples if s.adapter in ("", subject.name)] for subject in subjects}
     for name, own in by_adapter.items():
         if not own:
             raise InvalidArgument("--samples", name, "is an adapter without a sample", "Add samples for it, or leave it out.")
-    total, done = sum(len(by_adapter[cell.adapter]) for cell in cells), 0
-    rows: list[Row] = []
-    reference, alone = _Found([], [], []), _Found([], [], [])
-    for cell in cells:
-        run = _Runner(engine, cell, options, None if cell.is_reference else reference)
-        for count in run.all(by_adapter[cell.adapter]):
-            done += count
-            on_progress(f"{cell.adapter}, {cell.policy}, {cell.writer}", done, total)
-        if cell.is_reference:
-            reference = run.found
-        if cell.first == cell.adapter:
-            alone = run.found
-        others = alone.outcomes if alone is not run.found else None
-        errors = relative_errors(reference.readings, run.found.readings) if options.num_probes else None
-        subject = subjects[cell.adapter]
-        rows += rows_of(cell, subject, run.found.outcomes, reference.outcomes, others, errors, options.seed)
-    return rows
+    deadline = time.monotonic() + max_seconds
+    verdicts = _calibrated(subjects, pool, on_progress) if Policy.AUTO in options.policies else {}
+    cells = plan_cells(subjects, options.policies, options.writers, options.num_arrivals)
+    plan = _Plan(subjects, cells, by_adapter, options, verdicts)
+    results = _all(pool, plan.batches, plan.order, on_progress, deadline)
+    rows = [row for subject in subjects for row in plan.rows(subject, results)]
+    return QualityResult(rows, verdicts)
 
 
 def evenly_spaced(num_samples: int, count: int) -> list[int]:
@@ -82,56 +82,94 @@ def evenly_spaced(num_samples: int, count: int) -> list[int]:
     return [index * num_samples // count for index in range(count)]
 
 
-class _Runner:
-    """One cell. ``reference`` None: it is ``isolated`` itself, whose answers are the ones to be scored everywhere."""
+def _calibrated(subjects: Sequence[Subject], pool: Pool, on_progress: OnProgress) -> dict[str, SharingVerdict]:
+    names, found = [subject.name for subject in subjects], {}
+    on_progress("calibrating", 0, len(names))
+    for index, verdict in pool.run(QualityEngine.calibrate, names):
+        found[names[index]] = verdict
+        on_progress(f"calibrated {names[index]}", len(found), len(names))
+    return {name: found[name] for name in names}
 
-    def __init__(self, engine: QualityEngine, cell: Cell, options: QualityOptions, reference: _Found | None) -> None:
-        self._engine, self._cell, self._options, self._reference = engine, cell, options, reference
-        self.found = _Found([], [], [])
-        self._probes: list[int] = []
 
-    def all(self, samples: Sequence[QualitySample]) -> Iterator[int]:
-        """Runs them batch by batch; yields how many each batch had."""
-        size = self._options.batch_size
-        self._probes = evenly_spaced(len(samples), self._options.num_probes)
-        for start in range(0, len(samples), size):
-            self._batch(samples[start : start + size], start)
-            yield len(samples[start : start + size])
+def _all(
+    pool: Pool, batches: Sequence[Batch], order: Sequence[int], on_progress: OnProgress, deadline: float
+) -> dict[int, list[CellResult]]:
+    """By the batches' indices; those that had not begun by the deadline are missing."""
+    sizes = [len(batch.cells) * len(batch.samples) for batch in batches]
+    done, found = 0, {}
+    for place, result in pool.run(run_batch, [batches[index] for index in order]):
+        index = order[place]
+        found[index] = result
+        done += sizes[index]
+        on_progress(batches[index].cells[-1].adapter, done, sum(sizes))
+        if time.monotonic() > deadline:
+            break
+    return found
 
-    def _batch(self, samples: Sequence[QualitySample], start: int) -> None:
-        options = self._options
-        jobs = [self._engine.job(sample.context, sample.question) for sample in samples]
-        run = self._engine.open(self._cell, jobs)
-        answers = run.answers(options.max_tokens)
-        if self._reference is None:
-            wanted, references = answers, run.scores(answers, options.num_top)
-            self.found.scores += references
-            scores = run.scores(wanted, options.num_top, alone=True)
-        else:
-            rows = slice(start, start + len(samples))
-            wanted = [outcome.token_ids for outcome in self._reference.outcomes[rows]]
-            references = self._reference.scores[rows]
-            scores = run.scores(wanted, options.num_top)
-        for row in zip(samples, jobs, answers, wanted, references, scores, strict=True):
-            self.found.outcomes.append(self._outcome(*row))
-        probes = [index - start for index in self._probes if start <= index < start + len(samples)]
-        self.found.readings += run.readings(wanted, probes)
 
-    def _outcome(
+class _Plan:
+    """Which batch has what."""
+
+    def __init__(
         self,
-        sample: QualitySample,
-        job: Job,
-        answer: tuple[int, ...],
-        wanted: tuple[int, ...],
-        reference: PromptLogprobs,
-        scores: PromptLogprobs,
-    ) -> Outcome:
-        text = self._engine.text(answer).strip()
-        return Outcome(
-            context_tokens=length_of(sample, len(job.context)),
-            is_right=bool(score(sample.role, text, sample.answer)),
-            f1=f1(text, sample.answer),
-            token_ids=answer,
-            agreement=compared(reference, scores),
-            divergence=first_divergence(wanted, answer),
-        )
+        subjects: Sequence[Subject],
+        cells: Sequence[Cell],
+        samples: Mapping[str, Sequence[QualitySample]],
+        options: QualityOptions,
+        verdicts: Mapping[str, SharingVerdict],
+    ) -> None:
+        self._options, self._verdicts = options, verdicts
+        self._modes = {name: verdict.sharing for name, verdict in verdicts.items()}
+        self.batches: list[Batch] = []
+        self._places: dict[str, range] = {}
+        for subject, own in zip(subjects, _by_subject(cells), strict=True):
+            before = len(self.batches)
+            self.batches += self._batches(own, samples[subject.name])
+            self._places[subject.name] = range(before, len(self.batches))
+
+    @property
+    def order(self) -> list[int]:
+        """All subjects and lengths of context side by side: wherever it ends, of each as large a share has run."""
+        groups: dict[tuple[str, int], list[int]] = {}
+        for name, places in self._places.items():
+            for index in places:
+                groups.setdefault((name, self.batches[index].samples[0].context_tokens), []).append(index)
+        shares = {index: place / len(group) for group in groups.values() for place, index in enumerate(group)}
+        return sorted(shares, key=lambda index: shares[index])
+
+    def _batches(self, cells: Sequence[Cell], samples: Sequence[QualitySample]) -> Iterator[Batch]:
+        options = self._options
+        probes = evenly_spaced(len(samples), options.num_probes)
+        for start in range(0, len(samples), options.batch_size):
+            chosen = tuple(samples[start : start + options.batch_size])
+            own_probes = tuple(index - start for index in probes if start <= index < start + len(chosen))
+            name = f"{cells[-1].adapter}/{start}"
+            yield Batch(name, tuple(cells), chosen, own_probes, self._modes, options.max_tokens, options.num_top)
+
+    def rows(self, subject: Subject, results: Mapping[int, Sequence[CellResult]]) -> Iterator[Row]:
+        """Of the subject's own cells: its reference, where that is another adapter, has rows of its own."""
+        places = [place for place in self._places[subject.name] if place in results]
+        if not places:
+            return
+        columns = [[results[place][number] for place in places] for number in range(len(self.batches[places[0]].cells))]
+        outcomes = [[outcome for result in column for outcome in result.outcomes] for column in columns]
+        alone = outcomes[0]
+        for cell, column, own in zip(self.batches[places[0]].cells, columns, outcomes, strict=True):
+            if cell.first == cell.adapter:
+                alone = own
+            if cell.adapter != subject.name:
+                continue
+            errors = relative_errors([change for result in column for change in result.changes])
+            verdict = self._verdicts.get(subject.name) if cell.policy is Policy.AUTO else None
+            others = alone if alone is not own else None
+            yield from rows_of(cell, subject, own, outcomes[0], others, errors, verdict, self._options.seed)
+
+
+def _by_subject(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells of one subject after the other: each begins with its reference, and only there is one."""
+    groups: list[list[Cell]] = []
+    for cell in cells:
+        if cell.is_reference:
+            groups.append([])
+        groups[-1].append(cell)
+    return groups

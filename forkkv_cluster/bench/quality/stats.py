@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Interval", "bootstrap_mean", "paired_loss", "wilson"]
+__all__ = ["Interval", "Pairs", "bootstrap_mean", "paired_loss", "wilson"]
 
 _Z = 1.959963984540054
 """Quantile of the normal distribution at 0.975."""
@@ -40,15 +40,31 @@ def wilson(num_hits: int, num_trials: int) -> Interval:
     return Interval(share, low, high)
 
 
-def paired_loss(reference: Sequence[bool], other: Sequence[bool]) -> Interval:
-    """Share right of ``reference`` less that of ``other``, on the same samples: Newcombe's interval of 1998 (his method 10).
+class Pairs(NamedTuple):
+    """The same samples answered twice: how often both were right, only the reference (lost), only the other (gained), none."""
+
+    both: int = 0
+    lost: int = 0
+    gained: int = 0
+    neither: int = 0
+
+    @classmethod
+    def of(cls, reference: Sequence[bool], other: Sequence[bool]) -> Pairs:
+        pairs = [(bool(one), bool(two)) for one, two in zip(reference, other, strict=True)]
+        return cls(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))))
+
+    def plus(self, other: Pairs) -> Pairs:
+        return Pairs(*(one + two for one, two in zip(self, other, strict=True)))
+
+
+def paired_loss(pairs: Pairs) -> Interval:
+    """Share right of the reference less that of the other: Newcombe's interval of 1998 (his method 10).
 
     It is made of the two Wilson intervals and how the pairs go together, so that it does not shrink to nothing where both are
     right on all of few samples, as a bootstrap would. Raises ValueError without a sample.
     """
-    pairs = list(zip(reference, other, strict=True))
-    one, two = (wilson(sum(map(bool, column)), len(pairs)) for column in (reference, other))
-    phi = _phi(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))))
+    one, two = (wilson(pairs.both + right, sum(pairs)) for right in (pairs.lost, pairs.gained))
+    phi = _phi(*pairs)
     loss = one.value - two.value
     low = math.sqrt(_square_of_difference(one.value - one.low, two.high - two.value, phi))
     high = math.sqrt(_square_of_difference(one.high - one.value, two.value - two.low, phi))

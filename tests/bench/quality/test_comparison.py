@@ -10,7 +10,7 @@ from forkkv_cluster.bench.quality.policies import Cell, Policy, Subject
 from forkkv_cluster.core.agreement import Agreement
 from forkkv_cluster.core.request import PromptLogprobs, WriterMode
 
-CELL = Cell("a", Policy.EAGER, WriterMode.CANONICAL, "b")
+CELL = Cell("a", Policy.EAGER, WriterMode.CANONICAL, "b", "a")
 SUBJECT = Subject("a", 8)
 
 

@@ -20,9 +20,11 @@ from forkkv_cluster.bench.cli import app
 from forkkv_cluster.bench.quality.comparison import Row
 from forkkv_cluster.bench.quality.engine import QualityEngine, engine_config
 from forkkv_cluster.bench.quality.policies import Cell, Policy
+from forkkv_cluster.bench.quality.pool import Local, Processes
 from forkkv_cluster.bench.quality.recorder import Reading
 from forkkv_cluster.bench.quality.run import QualityOptions, evenly_spaced, run_quality
 from forkkv_cluster.bench.quality.samples import QualitySample
+from forkkv_cluster.bench.quality.summary import whole
 from forkkv_cluster.core.errors import InvalidArgument
 from forkkv_cluster.core.request import WriterMode
 from forkkv_cluster.testing.tiny_models import build_tiny_kit, save_alora_adapter
@@ -31,6 +33,7 @@ from tests.fidelity_kit import SPEC, save_adapter
 LINE = "The river rose in the night. The bridge was closed at four, and nobody told the school. "
 QUESTION = "\nQ: What now?\nA:"
 SAMPLES = [QualitySample(LINE * (1 + index) + str(index), QUESTION, "Nothing.") for index in range(3)]
+ALL_BUT_AUTO = tuple(policy for policy in Policy if policy is not Policy.AUTO)
 SHARED = (Policy.RESIDUAL, Policy.EAGER, Policy.DROPPED)
 
 
@@ -47,8 +50,11 @@ def adapters(model_dir: Path) -> Mapping[str, str]:
     return {name: str(save_adapter(model_dir, directory / name, strength)) for name, strength in strengths.items()}
 
 
+SMALL: dict[str, Any] = {"dtype": "float32", "kv_bytes": "16MiB", "num_threads": 1}
+
+
 def engine_over(model_dir: Path, adapters: Mapping[str, str]) -> QualityEngine:
-    return QualityEngine(engine_config(model_dir, adapters, dtype="float32", kv_bytes="16MiB", num_threads=1))
+    return QualityEngine(engine_config(model_dir, adapters, **SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +65,10 @@ def engine(model_dir: Path, adapters: Mapping[str, str]) -> QualityEngine:
 @pytest.fixture(scope="module")
 def rows(engine: QualityEngine) -> list[Row]:
     """Of all cells, over all lengths."""
-    found = run_quality(engine, SAMPLES, QualityOptions(max_tokens=6, batch_size=2))
+    options = QualityOptions(policies=ALL_BUT_AUTO, max_tokens=6, batch_size=2)
+    found = run_quality(engine.subjects, Local(engine), SAMPLES, options)
     engine.engine.check_invariants()
-    return [row for row in found if row.context_tokens == 0]
+    return whole(found.rows)
 
 
 def only(rows: list[Row], adapter: str, policy: Policy, writer: str = "canonical", first: str | None = None) -> Row:
@@ -123,14 +130,54 @@ def test_an_alora_is_exact_under_base(model_dir: Path, tmp_path: Path):
     invocation = AutoTokenizer.from_pretrained(model_dir).encode(QUESTION, add_special_tokens=False)[-2:]
     path = save_alora_adapter(model_dir, tmp_path / "spark", invocation)
     engine = engine_over(model_dir, {"spark": str(path)})
-    found = run_quality(engine, SAMPLES[:2], QualityOptions(policies=(Policy.BASE, Policy.UNADAPTED), max_tokens=4))
+    options = QualityOptions(policies=(Policy.BASE, Policy.UNADAPTED), max_tokens=4)
+    found = run_quality(engine.subjects, Local(engine), SAMPLES[:2], options).rows
     assert is_exact(next(row for row in found if row.policy == "base"))
     assert not is_exact(next(row for row in found if row.policy == "unadapted"))
 
 
+def test_a_converted_adapter_is_held_against_the_isolated_answers_of_the_one_it_was_made_from(
+    engine: QualityEngine, rows: list[Row]
+):
+    options = QualityOptions((Policy.ISOLATED, Policy.EAGER), num_arrivals=1, max_tokens=6, references={"still": "strong"})
+    found = run_quality(engine.subjects, Local(engine), SAMPLES, options)
+    own = [row for row in whole(found.rows) if row.adapter == "still"]
+    assert [(row.policy, row.reference, row.is_reference) for row in own] == [
+        ("isolated", "strong", False),
+        ("eager", "strong", False),
+    ]
+    assert all(row.agreement.value < 1.0 and row.errors["v"][0] > 0.01 for row in own)
+    assert only(whole(found.rows), "strong", Policy.ISOLATED).accuracy == only(rows, "strong", Policy.ISOLATED).accuracy
+
+
+def test_processes_find_what_one_engine_finds_and_auto_serves_what_it_measured(
+    model_dir: Path, adapters: Mapping[str, str], engine: QualityEngine
+):
+    options = QualityOptions((Policy.EAGER, Policy.AUTO), num_arrivals=1, max_tokens=4, batch_size=1, num_probes=1)
+    config = engine_config(
+        model_dir, adapters, **SMALL, calibration={"min_positions": 200, "context_tokens": 32, "max_disagreement": 0.05}
+    )
+    with Processes(config, 2) as pool:
+        apart = run_quality(engine.subjects, pool, SAMPLES, options)
+    together = run_quality(engine.subjects, Local(QualityEngine(config)), SAMPLES, options)
+    assert [row.to_json() for row in apart.rows] == [row.to_json() for row in together.rows]
+    assert {name: verdict.sharing for name, verdict in apart.verdicts.items()} == {"still": "eager", "strong": "isolated"}
+    still, strong = (only(whole(apart.rows), name, Policy.AUTO) for name in adapters)
+    assert (still.served, strong.served) == ("eager", "isolated")
+    assert still.shared_share > 0.5
+    assert strong.shared_share == 0.0
+    assert is_exact(strong)
+
+
+def test_out_of_time_what_has_run_is_reported(engine: QualityEngine):
+    options = QualityOptions((Policy.EAGER,), num_arrivals=1, max_tokens=2, batch_size=2, num_probes=0)
+    found = run_quality(engine.subjects, Local(engine), SAMPLES, options, max_seconds=0)
+    assert {(row.adapter, row.num_samples) for row in whole(found.rows)} == {("still", 2)}
+
+
 def test_an_adapter_without_a_sample_is_refused(engine: QualityEngine):
     with pytest.raises(InvalidArgument, match="strong"):
-        run_quality(engine, [QualitySample("C", "Q", "A", adapter="still")], QualityOptions())
+        run_quality(engine.subjects, Local(engine), [QualitySample("C", "Q", "A", adapter="still")], QualityOptions())
 
 
 def test_probes_are_spread_over_the_samples():
@@ -145,7 +192,7 @@ def test_probes_are_spread_over_the_samples():
 def reading_of(engine: QualityEngine, policy: Policy) -> tuple[Reading, list[int]]:
     """Of ``strong``; the second: its whole input."""
     job = engine.job(LINE * 3, QUESTION)
-    run = engine.open(Cell("strong", policy, WriterMode.CANONICAL, "strong"), [job])
+    run = engine.open(Cell("strong", policy, WriterMode.CANONICAL, "strong", "strong"), [job])
     (reading,) = run.readings([(7, 8, 9)], [0])
     return reading, [*job.context.tolist(), *job.question.tolist(), 7, 8, 9]
 
@@ -237,16 +284,16 @@ def test_the_command_writes_a_report_and_a_page(model_dir: Path, adapters: Mappi
     assert result.exit_code == 0, result.output
     assert "strong (rank 8)" in result.output
     report = json.loads(out.read_text())
-    assert (report["format"], report["num_samples"], report["options"]["num_top"]) == ("forkkv-quality/1", 1, 20)
+    assert (report["format"], report["num_samples"], report["options"]["num_top"]) == ("forkkv-quality/2", 1, 20)
     assert [row["policy"] for row in report["rows"]] == ["isolated", "eager"]
     assert {"value", "low", "high"} == set(report["rows"][1]["accuracy_loss"])
     text = page.read_text()
     parser = Page()
     parser.feed(text)
     assert parser.open == []
-    assert parser.counts["tr"] == 3
+    assert parser.counts["tr"] == 7  # the adapter's table, and one line of each in the two over all adapters
     charts = text.split("<svg")[1:]
-    assert len(charts) == 6
+    assert len(charts) == 7
     for chart in charts:
         ElementTree.fromstring("<svg" + chart.split("</svg>")[0] + "</svg>")
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
@@ -260,6 +307,7 @@ def test_the_command_writes_a_report_and_a_page(model_dir: Path, adapters: Mappi
         (["--adapter", "poet=x"], "--role"),
         (["--adapter", "hop=x", "--samples", "none.jsonl"], "--samples"),
         (["--adapter", "hop=x", "--json", "/nowhere/o.json"], "--json"),
+        (["--adapter", "hop=x", "--reference", "hop=hop-eager"], "--reference"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_runs(model_dir: Path, arguments: list[str], named: str):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forkkv_cluster.bench.quality.casebook import casebook_samples, roles_of
+from forkkv_cluster.bench.quality.casebook import casebook_samples, lengths_of, roles_of
 from forkkv_cluster.bench.quality.samples import QualitySample, length_of, parse_samples, read_samples
 from forkkv_cluster.core.errors import InvalidArgument
 
@@ -76,11 +76,18 @@ def test_a_role_that_nothing_tells_is_refused(given: dict[str, str]):
 
 
 def test_casebook_samples_are_of_each_adapter_and_length_and_follow_from_the_seed():
-    found = casebook_samples({"mapper": "mapper", "hop": "hop"}, (128, 256), 2, 5)
+    found = casebook_samples({"mapper": "mapper", "hop": "hop"}, {128: 2, 256: 1}, 5)
     assert [(s.adapter, s.role, s.context_tokens) for s in found] == [
-        (name, name, length) for name in ("mapper", "hop") for length in (128, 128, 256, 256)
+        (name, name, length) for name in ("mapper", "hop") for length in (128, 128, 256)
     ]
-    assert found == casebook_samples({"mapper": "mapper", "hop": "hop"}, (128, 256), 2, 5)
-    assert found != casebook_samples({"mapper": "mapper", "hop": "hop"}, (128, 256), 2, 6)
+    assert found == casebook_samples({"mapper": "mapper", "hop": "hop"}, {128: 2, 256: 1}, 5)
+    assert found != casebook_samples({"mapper": "mapper", "hop": "hop"}, {128: 2, 256: 1}, 6)
     with pytest.raises(InvalidArgument, match="--length"):
-        casebook_samples({"hop": "hop"}, (16,), 1, 0)
+        casebook_samples({"hop": "hop"}, {16: 1}, 0)
+
+
+def test_a_length_may_name_its_own_count():
+    assert lengths_of(["256", "1024:20"], 50) == {256: 50, 1024: 20}
+    for wrong in (["x"], ["256:"], ["256:0"], ["1:2:3"], ["256", "256:9"]):
+        with pytest.raises(InvalidArgument, match="--length"):
+            lengths_of(wrong, 50)
