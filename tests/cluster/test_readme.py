@@ -18,7 +18,6 @@ import pytest
 
 from forkkv_cluster.app import free_port
 from forkkv_cluster.client import ForkKVClient
-from tests.cluster.helpers import wait_until_idle
 
 pytestmark = pytest.mark.cluster
 
@@ -68,7 +67,6 @@ def test_the_readmes_python_prints_what_it_says(
         printed = capsys.readouterr().out
         assert [text for text in promised(source) if text not in printed] == [], printed
     with ForkKVClient(addresses["127.0.0.1:9000"]) as client:
-        wait_until_idle(client)
         assert client.list_sessions() == []
 
 
