@@ -59,7 +59,7 @@ def quality_page(report: Mapping[str, Any], rows: Sequence[Row], verdicts: Mappi
     facts = {"model": report["model"], "samples": report["samples"], **report["options"], "commit": report["commit"]}
     parts = [
         "<h1>What sharing costs in quality</h1>",
-        _definitions({k: str(v) for k, v in facts.items()}, "How it was measured"),
+        _definitions({key: _shown(value) for key, value in facts.items()}, "How it was measured"),
         _overview(rows),
         _definitions({name: f"{v.sharing}: {v.reason}" for name, v in verdicts.items()}, "What auto chose, and why")
         if verdicts
@@ -73,6 +73,12 @@ def quality_page(report: Mapping[str, Any], rows: Sequence[Row], verdicts: Mappi
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Quality of shared context</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {other}" for key, other in value.items()) or "none"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _definitions(entries: Mapping[str, str], title: str) -> str:
