@@ -31,13 +31,15 @@ def page_slots(pages_ptr, positions, mask, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_base(plane_ptr, slots, mask, head, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_base(
+    plane_ptr, slots, mask, head, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAST_L1: tl.constexpr = False
+):
     """One kv head's K or V of a tile: [BLOCK_N, BLOCK_D] in the plane's dtype. WIDTH is Hkv * D."""
     columns = tl.arange(0, BLOCK_D)
     pointers = plane_ptr + slots[:, None] * WIDTH + head * HEAD_DIM + columns[None, :]
     if BLOCK_D == HEAD_DIM:
-        return tl.load(pointers, mask=mask[:, None], other=0.0)
-    return tl.load(pointers, mask=mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(pointers, mask=mask[:, None], other=0.0, cache_modifier=".cg" if PAST_L1 else "")
+    return tl.load(pointers, mask=mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else "")
 
 
 @triton.jit
@@ -53,16 +55,25 @@ def load_base_half(
 
 
 @triton.jit
-def load_residual(plane_ptr, slots, mask, rank_class, rank, BLOCK_R: tl.constexpr):
-    """x A of a tile: [BLOCK_N, BLOCK_R], zero from column ``rank`` on. A row has ``rank_class`` columns, a multiple of 8.
-
-    Columns between rank and rank_class are read, in whole vectors, and dropped.
-    """
+def load_residual_rows(plane_ptr, slots, mask, rank_class, BLOCK_R: tl.constexpr, PAST_L1: tl.constexpr = False):
+    """Residual rows of a tile, in whole vectors: [BLOCK_N, BLOCK_R]. A row has ``rank_class`` columns, a multiple of 8; what
+    lies beyond the rank is dropped by ``residual_of``, which may come much later."""
     columns = tl.arange(0, BLOCK_R)
     width = (rank_class // 8) * 8  # says to the compiler that rows are aligned
     pointers = plane_ptr + slots[:, None] * width + columns[None, :]
-    a = tl.load(pointers, mask=mask[:, None] & (columns < width)[None, :], other=0.0)
-    return tl.where((columns < rank)[None, :], a, 0.0)
+    return tl.load(pointers, mask=mask[:, None] & (columns < width)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else "")
+
+
+@triton.jit
+def residual_of(rows, rank, BLOCK_R: tl.constexpr):
+    """x A: zero from column ``rank`` on."""
+    return tl.where((tl.arange(0, BLOCK_R) < rank)[None, :], rows, 0.0)
+
+
+@triton.jit
+def load_residual(plane_ptr, slots, mask, rank_class, rank, BLOCK_R: tl.constexpr):
+    """x A of a tile: [BLOCK_N, BLOCK_R], zero from column ``rank`` on. A row has ``rank_class`` columns, a multiple of 8."""
+    return residual_of(load_residual_rows(plane_ptr, slots, mask, rank_class, BLOCK_R), rank, BLOCK_R)
 
 
 @triton.jit
@@ -74,11 +85,11 @@ def load_key_scale(plane_ptr, slots, mask, rank_class, column):
 @triton.jit
 def load_factor_half(
     b_ptr, adapter, head, RANK: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr, HALF: tl.constexpr, FIRST: tl.constexpr = 0,
 ):  # fmt: skip
-    """B1 (HALF 0) or B2 of one adapter and kv head out of b [A, RANK, Hkv, D]: [BLOCK_R, BLOCK_H]."""
+    """B1 (HALF 0) or B2 of one adapter and kv head out of b [A, RANK, Hkv, D], from frequency FIRST on: [BLOCK_R, BLOCK_H]."""
     rows = tl.arange(0, BLOCK_R)
-    columns = tl.arange(0, BLOCK_H)
+    columns = FIRST + tl.arange(0, BLOCK_H)
     start = (adapter.to(tl.int64) * RANK * NUM_KV_HEADS + head) * HEAD_DIM + HALF * (HEAD_DIM // 2)
     pointers = b_ptr + start + rows[:, None] * (NUM_KV_HEADS * HEAD_DIM) + columns[None, :]
     return tl.load(pointers, mask=(rows < RANK)[:, None] & (columns < HEAD_DIM // 2)[None, :], other=0.0)
@@ -98,20 +109,49 @@ def load_factor(
 
 
 @triton.jit
-def angle_row(cos_sin_ptr, position, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
-    """cos and sin of one position, [BLOCK_H] fp32 each, attention factor included."""
-    columns = tl.arange(0, BLOCK_H)
+def load_factor_halves(
+    b_ptr, adapter, head, RANK: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0,
+):  # fmt: skip
+    """[B1 | B2] of frequencies [FIRST, FIRST + BLOCK_H): [BLOCK_R, 2 * BLOCK_H], for one product and ``rotated_tile``."""
+    rows = tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, 2 * BLOCK_H)
+    frequency = FIRST + columns % BLOCK_H
+    start = (adapter.to(tl.int64) * RANK * NUM_KV_HEADS + head) * HEAD_DIM
+    at = frequency + columns // BLOCK_H * (HEAD_DIM // 2)
+    pointers = b_ptr + start + rows[:, None] * (NUM_KV_HEADS * HEAD_DIM) + at[None, :]
+    return tl.load(pointers, mask=(rows < RANK)[:, None] & (frequency < HEAD_DIM // 2)[None, :], other=0.0)
+
+
+@triton.jit
+def rotated_tile(y, cos, sin, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
+    """R of y [BLOCK_N, 2 * BLOCK_H], halves side by side, by cos and sin [BLOCK_N, BLOCK_H] -> the same shape.
+
+    Each thread holds both halves of what it rotates, so that parting and joining them moves nothing. One tensor for one
+    product: with a product for each half ptxas serialises all of a kernel's wgmma.
+    """
+    y1, y2 = tl.split(tl.trans(tl.reshape(y, (BLOCK_N, 2, BLOCK_H)), (0, 2, 1)))
+    joined = tl.join(y1 * cos - y2 * sin, y2 * cos + y1 * sin)
+    return tl.reshape(tl.trans(joined, (0, 2, 1)), (BLOCK_N, 2 * BLOCK_H))
+
+
+@triton.jit
+def angle_row(cos_sin_ptr, position, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0):
+    """cos and sin of one position, from frequency FIRST on: [BLOCK_H] fp32 each, attention factor included."""
+    columns = FIRST + tl.arange(0, BLOCK_H)
     mask = columns < HEAD_DIM // 2
-    row = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + columns
+    row = cos_sin_ptr + position * HEAD_DIM + columns
     return tl.load(row, mask=mask, other=0.0), tl.load(row + HEAD_DIM // 2, mask=mask, other=0.0)
 
 
 @triton.jit
-def offset_angles(cos_sin_ptr, num_positions, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
-    """cos and sin of offsets [0, BLOCK_N) within a tile, [BLOCK_N, BLOCK_H] fp32 each, without the attention factor: row 0 of
-    the table is the factor itself, cos 0."""
+def offset_angles(
+    cos_sin_ptr, num_positions, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0
+):
+    """cos and sin of offsets [0, BLOCK_N) within a tile, from frequency FIRST on: [BLOCK_N, BLOCK_H] fp32 each, without the
+    attention factor: row 0 of the table is the factor itself, cos 0."""
     offsets = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_H)
+    columns = FIRST + tl.arange(0, BLOCK_H)
     mask = (offsets < num_positions)[:, None] & (columns < HEAD_DIM // 2)[None, :]
     rows = cos_sin_ptr + offsets[:, None] * HEAD_DIM + columns[None, :]
     inverse = 1.0 / tl.load(cos_sin_ptr)
@@ -133,8 +173,39 @@ def rotated_halves(y1, y2, cos, sin):
 
 
 @triton.jit
-def rotated_back(q1, q2, row_cos, row_sin):
-    """R_(-p) of q's halves [BLOCK_H, BLOCK_M] by ``angle_row`` of p."""
-    cos = row_cos[:, None]
-    sin = row_sin[:, None]
-    return q1 * cos + q2 * sin, q2 * cos - q1 * sin
+def load_query_halves(
+    q_ptr, offsets, is_row, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0
+):
+    """[q1 | q2] and [q2 | -q1] of frequencies [FIRST, FIRST + BLOCK_H) as columns, [2 * BLOCK_H, BLOCK_M] each, for
+    ``rotated_back``: heads that begin ``offsets`` [BLOCK_M] elements behind q_ptr, where ``is_row`` [BLOCK_M]."""
+    rows = tl.arange(0, 2 * BLOCK_H)
+    frequency = FIRST + rows % BLOCK_H
+    is_second = rows // BLOCK_H
+    mask = is_row[None, :] & (frequency < HEAD_DIM // 2)[:, None]
+    pointers = q_ptr + offsets[None, :] + frequency[:, None]
+    q = tl.load(pointers + (is_second * (HEAD_DIM // 2))[:, None], mask=mask, other=0.0)
+    other = tl.load(pointers + ((1 - is_second) * (HEAD_DIM // 2))[:, None], mask=mask, other=0.0)
+    return q, tl.where(is_second[:, None] == 1, -other, other)
+
+
+@triton.jit
+def rotated_back(q, crossed, cos_sin_ptr, position, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0):
+    """R_(-p) of q by position p: [2 * BLOCK_H, BLOCK_M] fp32, of what ``load_query_halves`` gave."""
+    frequency = FIRST + tl.arange(0, 2 * BLOCK_H) % BLOCK_H
+    mask = frequency < HEAD_DIM // 2
+    row = cos_sin_ptr + position * HEAD_DIM + frequency
+    cos = tl.load(row, mask=mask, other=0.0)
+    sin = tl.load(row + HEAD_DIM // 2, mask=mask, other=0.0)
+    return q.to(tl.float32) * cos[:, None] + crossed.to(tl.float32) * sin[:, None]
+
+
+@triton.jit
+def softmax_step(scores, highest, total):
+    """scores [BLOCK_N, BLOCK_M] in powers of two -> (weights, correction [BLOCK_M], highest [BLOCK_M], total).
+
+    ``total`` [BLOCK_N, BLOCK_M] is kept for each key of a tile and summed after the last: one sum over keys less a tile.
+    """
+    new_highest = tl.maximum(highest, tl.max(scores, axis=0))
+    correction = tl.exp2(highest - new_highest)
+    weights = tl.exp2(scores - new_highest[None, :])
+    return weights, correction, new_highest, total * correction[None, :] + weights

@@ -1,0 +1,305 @@
+"""Decode rows of agents that share a run of base pages, the run read once for all of them. See ``ops`` for the contract.
+
+A program takes one kv head, one split of a group's run and all rows of the group's members, BLOCK_M = members * g of them,
+as columns: S^T = K q^T and O^T = V^T P^T with keys on the long side. For every *adapter* among them (subgroup) and tile it
+builds R(a B_k) once and scores it against all columns; a select keeps those of the subgroup. That wastes products, and still
+costs less than moving a few columns into place. P a_v likewise; B_v comes once, after the last tile.
+
+Multiply-adds of one kv head and tile of 64 keys at D 128, rank 16, 32 agents of g 4 in groups of 8, adapters all distinct:
+
+    base      S^T and O^T      2 * 64*128*128                                  2.1 M, of which nothing is padding
+    K         y = a B_k        32 * 64*16*128                                  4.2 M
+              R(y) q^T         32 * 64*128*32, 4 of 32 columns are wanted      8.4 M
+    V         P a_v            32 * 64*16*32                                   1.0 M
+    rotation  32 * 64*128 elements, two operations each, in packed halves
+
+The other way to the same scores folds B_k into q (``reference.residual_attention``): a product of cos|sin with g * r = 64
+columns an adapter, 64*128*64 * 32 = 16.8 M, and a weighted sum over r; it grows with agents times rank, this one does not.
+Over 32k keys and 8 kv heads: 129 GFLOP, 0.16 ms at 791 TFLOP/s. Bytes: base pages once, 134 MB, and residuals, 67 MB, from
+memory; from L2 base pages once a group and residuals once a kv head, 1.1 GB. Rows in one group cut the former, and cost
+columns of R(y) q^T: 8 agents of g 4 are the balance where all adapters differ and touch k, more where none touches k.
+
+R(y) and the query rotated back are fp16 whatever the KV's dtype: their packed arithmetic halves the rotation, and fp16 keeps
+11 bits where bf16 keeps 8. A residual key beyond 65504 would overflow; a base key of that size has no softmax to speak of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from forkkv_kernels._triton.aot import AotVariant
+from forkkv_kernels._triton.decode_configs import GroupedConfig, grouped_config
+from forkkv_kernels._triton.residual_attention_decode import LOG2_E, NO_RESIDUALS
+from forkkv_kernels._triton.tiles import (
+    load_base,
+    load_factor,
+    load_factor_halves,
+    load_key_scale,
+    load_query_halves,
+    load_residual_rows,
+    offset_angles,
+    page_slots,
+    residual_of,
+    rotated_back,
+    rotated_tile,
+    softmax_step,
+)
+from forkkv_kernels.reference.combine_partials import Partials
+from forkkv_kernels.reference.residual_attention_decode import DecodeResiduals, DecodeRows
+from forkkv_kernels.reference.residual_attention_grouped import SharedRuns
+
+
+@triton.jit
+def load_subgroup_rows(
+    plane_ptr, subgroups_ptr, subgroup, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions, mask,
+    PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """(residual rows, their slots, adapter, class) of a subgroup; ``mask`` is empty past the last one."""
+    entry = subgroups_ptr + subgroup * 4
+    adapter = tl.load(entry)
+    pages = residual_pages_ptr + tl.load(entry + 3).to(tl.int64) * residual_pages_stride
+    rank_class = tl.load(rank_class_ptr + adapter)
+    slots = page_slots(pages, positions, mask, PAGE_SIZE)
+    return load_residual_rows(plane_ptr, slots, mask, rank_class, BLOCK_R, True), slots, adapter, rank_class
+
+
+@triton.jit(do_not_specialize=["num_positions", "base_pages_stride", "residual_pages_stride", "out_splits"])
+def grouped_kernel(
+    q_ptr, k_ptr, v_ptr, base_pages_ptr, groups_ptr, members_ptr, subgroups_ptr, residual_pages_ptr,
+    b_k_ptr, b_v_ptr, ranks_ptr, rank_class_ptr, norm_column_ptr, change_column_ptr, cos_sin_ptr, out_ptr, lse_ptr,
+    scale_log2, num_positions, q_stride, base_pages_stride, residual_pages_stride, out_splits,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, RANK: tl.constexpr,
+    HAS_K: tl.constexpr, HAS_KEY_SCALE: tl.constexpr, PRECISION: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    group = tl.program_id(2)
+    num_splits = tl.num_programs(1)
+    WIDTH: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    BLOCK_M: tl.constexpr = MEMBERS * BLOCK_G
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    half: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
+
+    entry = groups_ptr + group * 6
+    first = tl.load(entry)
+    run_end = first + tl.load(entry + 1)
+    first_split = tl.load(entry + 3)
+    num_tiles = tl.cdiv(run_end - first, BLOCK_N)
+    start = first + num_tiles * split // num_splits * BLOCK_N
+    end = tl.minimum(first + num_tiles * (split + 1) // num_splits * BLOCK_N, run_end)
+
+    column = tl.arange(0, BLOCK_M)
+    member = column // BLOCK_G
+    sequence = tl.load(members_ptr + group * MEMBERS + member)
+    is_row = (sequence >= 0) & (column % BLOCK_G < GROUP)
+    sequence = tl.where(is_row, sequence, 0).to(tl.int64)
+    heads = head * GROUP + column % BLOCK_G
+    lse_at = lse_ptr + (sequence * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split
+    if start >= end:
+        if run_end > first:
+            tl.store(lse_at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_row)
+        return
+
+    base_pages = base_pages_ptr + tl.load(entry + 2).to(tl.int64) * base_pages_stride
+    dims = tl.arange(0, BLOCK_D)
+    q_rows = sequence * q_stride + heads * HEAD_DIM
+    q = tl.load(q_ptr + q_rows[None, :] + dims[:, None], mask=is_row[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+    offsets = tl.arange(0, BLOCK_N)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    output = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+    if RANK > 0:
+        BLOCK_R: tl.constexpr = RANK
+        NUM_F: tl.constexpr = (HEAD_DIM // 2 + BLOCK_H - 1) // BLOCK_H
+        first_subgroup = tl.load(entry + 4)
+        end_subgroup = tl.load(entry + 5)
+        recalled = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+        if HAS_K:
+            cos = ()
+            sin = ()
+            for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
+                c, s = offset_angles(cos_sin_ptr, num_positions, HEAD_DIM, BLOCK_N, BLOCK_H, first_f)
+                cos = cos + (c.to(half),)
+                sin = sin + (s.to(half),)
+
+    slots = page_slots(base_pages, start + offsets, start + offsets < end, PAGE_SIZE)
+    for tile in range(start, end, BLOCK_N):
+        positions = tile + offsets
+        mask = positions < end
+        k = load_base(k_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
+        v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
+        slots = page_slots(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
+        scores = tl.dot(k, q, input_precision=PRECISION)
+        if HAS_K:
+            if first_subgroup < end_subgroup:
+                next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
+                    k_ptr, subgroups_ptr, first_subgroup, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
+                    mask & (first_subgroup < end_subgroup), PAGE_SIZE, BLOCK_R,
+                )  # fmt: skip
+                back = ()
+                for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
+                    own, crossed = load_query_halves(q_ptr, q_rows, is_row, HEAD_DIM, BLOCK_H, first_f)
+                    back = back + (rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, first_f).to(half),)
+                for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
+                    adapter = next_adapter
+                    slots_k = next_slots
+                    rank_class = next_class
+                    rank = tl.load(ranks_ptr + 2 * adapter)
+                    member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
+                    member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
+                    is_own = (member >= member_first) & (member < member_end)
+                    a_k = residual_of(next_rows, rank, BLOCK_R).to(half)
+                    following = tl.minimum(subgroup + 1, end_subgroup - 1)
+                    next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
+                        k_ptr, subgroups_ptr, following, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
+                        mask, PAGE_SIZE, BLOCK_R,
+                    )  # fmt: skip
+                    added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                    for f in tl.static_range(0, NUM_F):
+                        b = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, f * BLOCK_H)
+                        y = tl.dot(a_k, b.to(half), input_precision=PRECISION, out_dtype=half)
+                        y = rotated_tile(y, cos[f], sin[f], BLOCK_N, BLOCK_H)
+                        added = tl.dot(y, back[f], added, input_precision=PRECISION)
+                    if HAS_KEY_SCALE:
+                        norm_column = tl.load(norm_column_ptr + adapter)
+                        is_scaled = mask & (norm_column >= 0)
+                        norm = load_key_scale(k_ptr, slots_k, is_scaled, rank_class, norm_column + head)
+                        change_column = tl.load(change_column_ptr + adapter)
+                        change = load_key_scale(v_ptr, slots_k, is_scaled, rank_class, change_column + head)
+                        norm = tl.where(norm_column >= 0, norm, 1.0)
+                        changed = scores * (1.0 + change)[:, None] + added * norm[:, None]
+                        scores = tl.where(is_own[None, :], changed, scores)
+                    else:
+                        scores += tl.where(is_own[None, :], added, 0.0)
+
+        scores = tl.where(mask[:, None], scores * scale_log2, float("-inf"))
+        weights, correction, highest, total = softmax_step(scores, highest, total)
+        p = weights.to(dtype)
+        if RANK > 0:
+            recalled *= correction[None, :]
+            if first_subgroup < end_subgroup:
+                next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
+                    v_ptr, subgroups_ptr, first_subgroup, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
+                    mask & (first_subgroup < end_subgroup), PAGE_SIZE, BLOCK_R,
+                )  # fmt: skip
+                for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
+                    rank = tl.load(ranks_ptr + 2 * next_adapter + 1)
+                    member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
+                    member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
+                    is_own = (member >= member_first) & (member < member_end)
+                    a_v = residual_of(next_rows, rank, BLOCK_R)
+                    following = tl.minimum(subgroup + 1, end_subgroup - 1)
+                    next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
+                        v_ptr, subgroups_ptr, following, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
+                        mask, PAGE_SIZE, BLOCK_R,
+                    )  # fmt: skip
+                    recalled += tl.where(is_own[None, :], tl.dot(tl.trans(a_v), p, input_precision=PRECISION), 0.0)
+        output = tl.dot(tl.trans(v), p, output * correction[None, :], input_precision=PRECISION)
+
+    if RANK > 0:
+        for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
+            adapter = tl.load(subgroups_ptr + subgroup * 4)
+            member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
+            member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
+            is_own = (member >= member_first) & (member < member_end)
+            b_v = load_factor(b_v_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_D)
+            own = tl.where(is_own[None, :], recalled, 0.0)
+            output = tl.dot(tl.trans(b_v).to(tl.float32), own, output, input_precision=PRECISION)
+
+    sums = tl.sum(total, axis=0)
+    out_at = out_ptr + ((sequence * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split) * HEAD_DIM
+    tl.store(out_at[None, :] + dims[:, None], output / sums[None, :], mask=is_row[None, :] & (dims < HEAD_DIM)[:, None])
+    tl.store(lse_at, (highest + tl.log2(sums)) * 0.6931471805599453, mask=is_row)
+
+
+def grouped(
+    q: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    rows: DecodeRows,
+    runs: SharedRuns,
+    scale: float,
+    partials: Partials,
+    num_splits: int,
+    residuals: DecodeResiduals | None,
+    has_k: bool = True,
+    config: GroupedConfig | None = None,
+) -> None:
+    """``config`` overrides the card's, for tuning."""
+    num_heads, head_dim = q.shape[1:]
+    group = num_heads // rows.num_kv_heads
+    num_groups, members = runs.members.shape
+    rank = residuals.b_k.shape[1] if residuals is not None else 0
+    columns = members * triton.next_power_of_2(group)
+    config = config or grouped_config(head_dim, columns, q.element_size(), rank, has_k)
+    if num_groups == 0 or num_splits == 0 or len(q) == 0:
+        return
+    tables: tuple[Tensor | None, ...] = (None,) * 8
+    if residuals is not None:
+        tables = (
+            residuals.pages, residuals.b_k, residuals.b_v, residuals.ranks, residuals.rank_class, residuals.norm_column,
+            residuals.change_column, residuals.cos_sin,
+        )  # fmt: skip
+    grouped_kernel[(rows.num_kv_heads, num_splits, num_groups)](
+        q, k_plane, v_plane, rows.base_pages, runs.groups, runs.members, runs.subgroups, *tables, partials.out, partials.lse,
+        scale * LOG2_E, len(residuals.cos_sin) if residuals is not None else 0, q.stride(0), rows.base_pages.stride(0),
+        residuals.pages.stride(0) if residuals is not None else 0, partials.num_splits,
+        NUM_KV_HEADS=rows.num_kv_heads, PAGE_SIZE=rows.page_size, RANK=rank, HAS_K=has_k and rank > 0,
+        HAS_KEY_SCALE=residuals is not None and residuals.norm_column is not None,
+        **_constants(head_dim, group, members, q.dtype == torch.float32, config),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _constants(head_dim: int, group: int, members: int, is_exact: bool, config: GroupedConfig) -> dict[str, Any]:
+    return {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "PRECISION": "ieee" if is_exact else "tf32",
+        "MEMBERS": members,
+        "BLOCK_G": triton.next_power_of_2(group),
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_H": config.block_h,
+    }
+
+
+def aot_variants() -> list[AotVariant]:
+    """Llama-3.1-8B: eight agents a group with adapters on k, sixteen without, none; Qwen3 with key scales."""
+    return [
+        _variant("bf16", 8, 4, 128, 16, 8),
+        _variant("bf16", 8, 4, 128, 16, 16, has_k=False),
+        _variant("bf16", 8, 4, 128, 0, 16),
+        _variant("fp16", 8, 4, 128, 16, 8, has_key_scale=True),
+    ]
+
+
+def _variant(
+    dtype: str, num_kv_heads: int, group: int, head_dim: int, rank: int, members: int, has_k: bool = True,
+    has_key_scale: bool = False, page_size: int = 16,
+) -> AotVariant:  # fmt: skip
+    has_k = has_k and rank > 0
+    config = grouped_config(head_dim, members * triton.next_power_of_2(group), 2, rank, has_k)
+    constants = {
+        "NUM_KV_HEADS": num_kv_heads, "PAGE_SIZE": page_size, "RANK": rank, "HAS_K": has_k, "HAS_KEY_SCALE": has_key_scale,
+        **_constants(head_dim, group, members, False, config),
+    }  # fmt: skip
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "b_k_ptr", "b_v_ptr"), f"*{dtype}")
+    signature |= dict.fromkeys(("base_pages_ptr", "groups_ptr", "members_ptr", "subgroups_ptr", "residual_pages_ptr"), "*i32")
+    signature |= dict.fromkeys(("ranks_ptr", "rank_class_ptr", "norm_column_ptr", "change_column_ptr"), "*i32")
+    signature |= dict.fromkeys(("cos_sin_ptr", "out_ptr", "lse_ptr"), "*fp32") | {"scale_log2": "fp32"}
+    signature |= dict.fromkeys(("num_positions", "base_pages_stride", "residual_pages_stride"), "i32")
+    signature |= {"q_stride": "i32:16", "out_splits": "i32"}
+    for name in NO_RESIDUALS if rank == 0 else () if has_key_scale else ("norm_column_ptr", "change_column_ptr"):
+        if name in signature:
+            del signature[name]
+            constants[name] = None
+    parts = f"r{rank}_m{members}{'' if has_k else '_no_k'}{'_scaled' if has_key_scale else ''}"
+    name = f"grouped_{dtype}_{num_kv_heads}x{group}x{head_dim}_{parts}"
+    return AotVariant(grouped_kernel, signature, constants, config.num_warps, config.num_stages, name)
