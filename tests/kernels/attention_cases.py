@@ -46,7 +46,7 @@ class Shape:
     is_copied: bool = False
     attention_factor: float = 1.0
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def make_case(agents: Sequence[Agent], shape: Shape | None = None, seed: int = 0
     kv_lens = torch.tensor([agent.kv_len for agent in agents]).int()
     rows = DecodeRows(base_pages, kv_lens, shape.page_size, shape.num_kv_heads)
     case = Case(q, *maker.planes, rows, maker.residuals(residual_pages), shape.head_dim**-0.5)
-    return moved(case, shape.device)
+    return moved(case, torch.device(shape.device))
 
 
 def moved(case: Case, device: torch.device) -> Case:
@@ -118,9 +118,7 @@ def shared_runs(case: Case, runs: Sequence[Run], members: int, spare: int = 1) -
         for adapter in sorted({adapter for adapter in named.values() if adapter >= 0}):
             own = [place for place, n in enumerate(ordered) if named[n] == adapter]
             subgroups.append([adapter, own[0], own[-1] + 1, ordered[own[0]]])
-        groups[row] = torch.tensor(
-            [run.start, run.end - run.start, ordered[0], run.first_split, first, len(subgroups)]
-        )
+        groups[row] = torch.tensor([run.start, run.end - run.start, ordered[0], run.first_split, first, len(subgroups)])
     table = torch.tensor([*subgroups, *[[NO_PAGE] * 4] * spare], dtype=torch.int32)
     device = case.q.device
     return SharedRuns(groups.to(device), places.to(device), table.to(device))
@@ -130,9 +128,7 @@ def decode(case: Case, num_splits: int = 1, residuals: bool = True) -> Tensor:
     """[N, Hq, D] by the op and ``combine_partials``."""
     partials = new_partials(*case.q.shape[:2], num_splits, case.q.shape[2], case.q.device)
     chosen = case.residuals if residuals else None
-    residual_attention_decode(
-        case.q, case.k_plane, case.v_plane, case.rows, case.scale, partials, range(num_splits), chosen
-    )
+    residual_attention_decode(case.q, case.k_plane, case.v_plane, case.rows, case.scale, partials, range(num_splits), chosen)
     return combine_partials(partials, case.dtype)
 
 
@@ -149,9 +145,7 @@ def decode_in_groups(
     )
     starts = [max((run.end for run in runs if n in run.agents), default=0) for n in range(len(case.q))]
     rows = replace(case.rows, kv_starts=torch.tensor(starts, device=case.q.device).int())
-    residual_attention_decode(
-        case.q, case.k_plane, case.v_plane, rows, case.scale, partials, range(tail, tail + 1), chosen
-    )
+    residual_attention_decode(case.q, case.k_plane, case.v_plane, rows, case.scale, partials, range(tail, tail + 1), chosen)
     return combine_partials(partials, case.dtype)
 
 

@@ -126,9 +126,7 @@ def test_shared_pages_and_copies_of_them_give_the_same_bits(place: Place) -> Non
     # Contents are equal in what is shared, queries and factors are drawn after it.
     kv_lens = torch.full_like(shared.rows.kv_lens, 64)
     copied = replace(copied, q=shared.q, residuals=replace(shared.residuals, pages=copied.residuals.pages))
-    first, second = (
-        found(replace(case, rows=replace(case.rows, kv_lens=kv_lens)), place) for case in (shared, copied)
-    )
+    first, second = (found(replace(case, rows=replace(case.rows, kv_lens=kv_lens)), place) for case in (shared, copied))
     assert torch.equal(first, second)
 
 

@@ -1,4 +1,4 @@
-"""Decode: one query row a sequence over paged base KV and its adapter's residual, split over keys. See ``ops`` for the contract.
+"""Decode: one query row a sequence over base pages and its adapter's residual, split over keys. See ``ops`` for the contract.
 
 All products have keys on the long side, S^T = K q^T and O^T = V^T P^T: the rows of one kv head are few (g of them, padded to
 8), and padding is paid on them only. The cost of one sequence, kv head and tile of 64 keys at D 128, rank 16:
@@ -11,6 +11,7 @@ so that memory is the limit by a factor of five on an H100. Programs of the kv h
 in the grid, so that residual rows come from L2 and a token's heads from one stretch of memory.
 """
 
+# ruff: noqa: RUF005, SIM108 (Triton compiles a part of Python: no starred tuples, no conditional expressions over tensors)
 from __future__ import annotations
 
 from typing import Any
@@ -27,6 +28,7 @@ from forkkv_kernels._triton.tiles import (
     load_factor,
     load_factor_halves,
     load_key_scale,
+    load_page_ids,
     load_query_halves,
     load_residual_rows,
     offset_angles,
@@ -34,6 +36,7 @@ from forkkv_kernels._triton.tiles import (
     residual_of,
     rotated_back,
     rotated_tile,
+    slots_of,
     softmax_step,
 )
 from forkkv_kernels.reference.combine_partials import Partials
@@ -105,7 +108,8 @@ def decode_kernel(
             own_q = ()
             crossed_q = ()
             for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
-                b_k = b_k + (load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, first_f).to(half),)
+                factor = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, first_f)
+                b_k = b_k + (factor.to(half),)
                 c, s = offset_angles(cos_sin_ptr, num_positions, HEAD_DIM, BLOCK_N, BLOCK_H, first_f)
                 cos = cos + (c.to(half),)
                 sin = sin + (s.to(half),)
@@ -117,7 +121,7 @@ def decode_kernel(
                 norm_column = tl.load(norm_column_ptr + adapter)
                 change_column = tl.load(change_column_ptr + adapter)
             recalled = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-            slots = page_slots(base_pages, start + offsets, start + offsets < end, PAGE_SIZE)
+            pages = load_page_ids(base_pages, start + offsets, start + offsets < end, PAGE_SIZE)
             residual_slots = page_slots(residual_pages, start + offsets, start + offsets < residual_end, PAGE_SIZE)
             # Residual rows wait in registers for a tile: 4 a thread at rank 16, where a ring in shared memory would cost the
             # second program of a multiprocessor.
@@ -128,6 +132,7 @@ def decode_kernel(
                 positions = tile + offsets
                 mask = positions < end
                 has_residual = positions < residual_end
+                slots = slots_of(pages, positions, PAGE_SIZE)
                 k = load_base(k_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
                 v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
                 a_k = residual_of(next_k, rank_k, BLOCK_R)
@@ -138,7 +143,7 @@ def decode_kernel(
                     change = load_key_scale(v_ptr, residual_slots, is_scaled, rank_class, change_column + head)
                     norm = tl.where(norm_column >= 0, norm, 1.0)
                 following = positions + BLOCK_N
-                slots = page_slots(base_pages, following, following < end, PAGE_SIZE)
+                pages = load_page_ids(base_pages, following, following < end, PAGE_SIZE)
                 residual_slots = page_slots(residual_pages, following, following < residual_end, PAGE_SIZE)
                 next_k = load_residual_rows(k_ptr, residual_slots, following < residual_end, rank_class, BLOCK_R)
                 next_v = load_residual_rows(v_ptr, residual_slots, following < residual_end, rank_class, BLOCK_R)
@@ -163,13 +168,14 @@ def decode_kernel(
             # In fp32, as the sums are: bf16 would round sums over the whole split.
             output = tl.dot(tl.trans(b_v).to(tl.float32), recalled, output, input_precision=PRECISION)
 
-    slots = page_slots(base_pages, plain_start + offsets, plain_start + offsets < end, PAGE_SIZE)
+    pages = load_page_ids(base_pages, plain_start + offsets, plain_start + offsets < end, PAGE_SIZE)
     for tile in range(plain_start, end, BLOCK_N):
         positions = tile + offsets
         mask = positions < end
+        slots = slots_of(pages, positions, PAGE_SIZE)
         k = load_base(k_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
         v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
-        slots = page_slots(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
+        pages = load_page_ids(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
         scores = tl.dot(k, q, input_precision=PRECISION)
         scores = tl.where(mask[:, None], scores * scale_log2, float("-inf"))
         weights, correction, highest, total = softmax_step(scores, highest, total)
@@ -177,9 +183,7 @@ def decode_kernel(
 
     sums = tl.sum(total, axis=0)
     out_at = out_ptr + ((sequence.to(tl.int64) * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split) * HEAD_DIM
-    tl.store(
-        out_at[None, :] + columns[:, None], output / sums[None, :], mask=is_row[None, :] & (columns < HEAD_DIM)[:, None]
-    )
+    tl.store(out_at[None, :] + columns[:, None], output / sums[None, :], mask=is_row[None, :] & (columns < HEAD_DIM)[:, None])
     tl.store(lse_at, (highest + tl.log2(sums)) * 0.6931471805599453, mask=is_row)
 
 

@@ -23,6 +23,7 @@ R(y) and the query rotated back are fp16 whatever the KV's dtype: their packed a
 11 bits where bf16 keeps 8. A residual key beyond 65504 would overflow; a base key of that size has no softmax to speak of.
 """
 
+# ruff: noqa: RUF005, SIM102 (Triton compiles a part of Python: no starred tuples; of two ifs one is the compiler's)
 from __future__ import annotations
 
 from typing import Any
@@ -40,6 +41,7 @@ from forkkv_kernels._triton.tiles import (
     load_factor,
     load_factor_halves,
     load_key_scale,
+    load_page_ids,
     load_query_halves,
     load_residual_rows,
     offset_angles,
@@ -47,6 +49,7 @@ from forkkv_kernels._triton.tiles import (
     residual_of,
     rotated_back,
     rotated_tile,
+    slots_of,
     softmax_step,
 )
 from forkkv_kernels.reference.combine_partials import Partials
@@ -128,13 +131,14 @@ def grouped_kernel(
                 cos = cos + (c.to(half),)
                 sin = sin + (s.to(half),)
 
-    slots = page_slots(base_pages, start + offsets, start + offsets < end, PAGE_SIZE)
+    pages = load_page_ids(base_pages, start + offsets, start + offsets < end, PAGE_SIZE)
     for tile in range(start, end, BLOCK_N):
         positions = tile + offsets
         mask = positions < end
+        slots = slots_of(pages, positions, PAGE_SIZE)
         k = load_base(k_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
         v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
-        slots = page_slots(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
+        pages = load_page_ids(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
         scores = tl.dot(k, q, input_precision=PRECISION)
         if HAS_K:
             if first_subgroup < end_subgroup:
@@ -162,7 +166,9 @@ def grouped_kernel(
                     )  # fmt: skip
                     added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     for f in tl.static_range(0, NUM_F):
-                        b = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, f * BLOCK_H)
+                        b = load_factor_halves(
+                            b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, f * BLOCK_H
+                        )
                         y = tl.dot(a_k, b.to(half), input_precision=PRECISION, out_dtype=half)
                         y = rotated_tile(y, cos[f], sin[f], BLOCK_N, BLOCK_H)
                         added = tl.dot(y, back[f], added, input_precision=PRECISION)

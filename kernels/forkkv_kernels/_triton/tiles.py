@@ -31,15 +31,36 @@ def page_slots(pages_ptr, positions, mask, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
+def load_page_ids(pages_ptr, positions, mask, PAGE_SIZE: tl.constexpr):
+    """The first half of ``page_slots``, for tiles to come: 32 bits a position wait in registers."""
+    return tl.load(pages_ptr + positions // PAGE_SIZE, mask=mask, other=0)
+
+
+@triton.jit
+def slots_of(pages, positions, PAGE_SIZE: tl.constexpr):
+    """The second half."""
+    return pages.to(tl.int64) * PAGE_SIZE + positions % PAGE_SIZE
+
+
+@triton.jit
 def load_base(
-    plane_ptr, slots, mask, head, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAST_L1: tl.constexpr = False
+    plane_ptr,
+    slots,
+    mask,
+    head,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAST_L1: tl.constexpr = False,
 ):
     """One kv head's K or V of a tile: [BLOCK_N, BLOCK_D] in the plane's dtype. WIDTH is Hkv * D."""
     columns = tl.arange(0, BLOCK_D)
     pointers = plane_ptr + slots[:, None] * WIDTH + head * HEAD_DIM + columns[None, :]
     if BLOCK_D == HEAD_DIM:
         return tl.load(pointers, mask=mask[:, None], other=0.0, cache_modifier=".cg" if PAST_L1 else "")
-    return tl.load(pointers, mask=mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else "")
+    return tl.load(
+        pointers, mask=mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else ""
+    )
 
 
 @triton.jit
@@ -61,7 +82,9 @@ def load_residual_rows(plane_ptr, slots, mask, rank_class, BLOCK_R: tl.constexpr
     columns = tl.arange(0, BLOCK_R)
     width = (rank_class // 8) * 8  # says to the compiler that rows are aligned
     pointers = plane_ptr + slots[:, None] * width + columns[None, :]
-    return tl.load(pointers, mask=mask[:, None] & (columns < width)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else "")
+    return tl.load(
+        pointers, mask=mask[:, None] & (columns < width)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else ""
+    )
 
 
 @triton.jit
@@ -173,9 +196,7 @@ def rotated_halves(y1, y2, cos, sin):
 
 
 @triton.jit
-def load_query_halves(
-    q_ptr, offsets, is_row, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0
-):
+def load_query_halves(q_ptr, offsets, is_row, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0):
     """[q1 | q2] and [q2 | -q1] of frequencies [FIRST, FIRST + BLOCK_H) as columns, [2 * BLOCK_H, BLOCK_M] each, for
     ``rotated_back``: heads that begin ``offsets`` [BLOCK_M] elements behind q_ptr, where ``is_row`` [BLOCK_M]."""
     rows = tl.arange(0, 2 * BLOCK_H)

@@ -38,8 +38,8 @@ def residual_attention_grouped(
     residuals: DecodeResiduals | None = None,
     has_k: bool = True,
 ) -> None:
-    """Writes splits [first_split, first_split + num_splits) of every member's row in ``partials`` [N, Hq, S, D], group by group;
-    other splits and rows stay as they are.
+    """Writes splits [first_split, first_split + num_splits) of every member's row in ``partials`` [N, Hq, S, D], group by
+    group; other splits and rows stay as they are.
 
     q, planes, partials: as in ``residual_attention_decode``. Of ``rows`` it reads base_pages, of ``residuals`` all but lens and
     adapters, which ``runs`` says instead. members: a power of two of them. has_k False: no adapter here has a rank on k, which
@@ -61,9 +61,7 @@ def residual_attention_grouped(
     if not 0 <= num_splits <= partials.num_splits:
         raise ValueError(f"num_splits is {num_splits}, more than the {partials.num_splits} splits of partials")
     if not use_triton(q):
-        reference.residual_attention_grouped(
-            q, k_plane, v_plane, rows, runs, scale, partials, num_splits, residuals, has_k
-        )
+        reference.residual_attention_grouped(q, k_plane, v_plane, rows, runs, scale, partials, num_splits, residuals, has_k)
         return
     from forkkv_kernels._triton.residual_attention_grouped import grouped  # Here: Triton may be missing.
 

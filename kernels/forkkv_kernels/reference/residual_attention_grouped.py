@@ -53,9 +53,7 @@ def residual_attention_grouped(
         for place, n in enumerate(runs.members[group].tolist()):
             if n < 0:
                 continue
-            k, v = base_kv(
-                k_plane, v_plane, pages, start, start + length, rows.page_size, rows.num_kv_heads, q.shape[2]
-            )
+            k, v = base_kv(k_plane, v_plane, pages, start, start + length, rows.page_size, rows.num_kv_heads, q.shape[2])
             for adapter, place_first, place_end, residual_of in subgroups[first:end] if residuals is not None else []:
                 if residuals is not None and place_first <= place < place_end:
                     add_residual_(
