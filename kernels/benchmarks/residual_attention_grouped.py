@@ -93,7 +93,8 @@ def _call(inputs: Inputs, shape: Layer, members: int, num_splits: int, has_k: bo
     runs = _runs(inputs, shape, members)
     partials = new_partials(len(inputs.q), shape.num_heads, num_splits, shape.head_dim, device())
     arguments = (
-        inputs.q, inputs.k_plane, inputs.v_plane, inputs.rows, runs, inputs.scale, partials, num_splits, inputs.residuals, has_k,
+        inputs.q, inputs.k_plane, inputs.v_plane, inputs.rows, runs, inputs.scale, partials, num_splits, inputs.residuals,
+        has_k,
     )  # fmt: skip
 
     def run() -> torch.Tensor:

@@ -24,9 +24,11 @@ from tests.kernels.attention_cases import (
     moved,
     shared_runs,
 )
-from tests.kernels.places import ALL_PLACES, TRITON_PLACES, Place
+from tests.kernels.places import ALL_PLACES, TRITON_PLACES, Place, _place
 
 places = pytest.mark.parametrize("place", TRITON_PLACES)
+few_places = pytest.mark.parametrize("place", [_place("interpreter", torch.float32), _place("gpu", torch.bfloat16)])
+"""For shapes of a test's own: compiling takes a GPU's host seconds each."""
 
 
 def case_at(place: Place, agents: Sequence[Agent], **shape: object) -> Case:
@@ -59,7 +61,7 @@ def test_a_group_and_tails_equal_rows_by_themselves(place: Place) -> None:
     assert_right(case, [everyone(case, 64)], place)
 
 
-@places
+@few_places
 def test_every_rank_in_one_group(place: Place) -> None:
     ranks = ((0, 0), (1, 1), (8, 8), (16, 16), (17, 17), (64, 64))
     agents = [Agent(50, 48, a) for a in range(len(ranks))]
@@ -71,43 +73,35 @@ def test_every_rank_in_one_group(place: Place) -> None:
 @pytest.mark.parametrize("ranks", [(0, 9), (9, 0)])
 def test_adapters_that_leave_k_or_v_alone(place: Place, ranks: tuple[int, int]) -> None:
     case = case_at(place, [Agent(60, 50, 0), Agent(60, 50, 1)], ranks=(ranks, (4, 4)), shared_len=48)
-    assert_right(case, [everyone(case, 48)], place, members=2)
+    assert_right(case, [everyone(case, 48)], place)
 
 
-@places
+@few_places
 def test_adapters_none_of_which_touches_k(place: Place) -> None:
     case = case_at(place, [Agent(60, 50, 0), Agent(60, 50, 1), Agent(50)], ranks=((0, 9), (0, 16)), shared_len=48)
     assert_right(case, [everyone(case, 48)], place, has_k=False)
 
 
-@places
-@pytest.mark.parametrize(("num_kv_heads", "group"), [(3, 3), (1, 7), (1, 1)])
-def test_heads_of_any_number(place: Place, num_kv_heads: int, group: int) -> None:
-    agents = [Agent(50, 48, 0), Agent(49, 48, 0), Agent(50)]
-    case = case_at(place, agents, num_kv_heads=num_kv_heads, group=group, shared_len=48)
+@few_places
+@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(3, 3, 80), (1, 7, 96), (2, 1, 256), (1, 4, 128), (1, 8, 64)])
+def test_heads_of_any_number_and_size(place: Place, num_kv_heads: int, group: int, head_dim: int) -> None:
+    shape = {"num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim, "ranks": ((16, 16), (4, 4))}
+    case = case_at(place, [Agent(50, 48, 0), Agent(49, 48, 1), Agent(50)], shared_len=48, **shape)
     assert_right(case, [everyone(case, 48)], place)
 
 
-@places
-@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
-def test_heads_of_any_size(place: Place, head_dim: int) -> None:
-    agents = [Agent(50, 48, 0), Agent(49, 48, 1)]
-    case = case_at(place, agents, head_dim=head_dim, group=4, ranks=((16, 16), (4, 4)), shared_len=48)
-    assert_right(case, [everyone(case, 48)], place, members=2)
-
-
-@places
+@few_places
 @pytest.mark.parametrize("page_size", [8, 64])
 def test_pages_of_any_size(place: Place, page_size: int) -> None:
     case = case_at(place, [Agent(150, 140, 0), Agent(131, 128, 0)], page_size=page_size, shared_len=128)
-    assert_right(case, [everyone(case, 128)], place, members=2)
+    assert_right(case, [everyone(case, 128)], place)
 
 
 @places
 @pytest.mark.parametrize("num_splits", [2, 5])
 def test_the_number_of_splits_changes_nothing(place: Place, num_splits: int) -> None:
     case = case_at(place, [Agent(100, 97, 0), Agent(97, 97, 1)], ranks=((4, 4), (8, 8)), shared_len=96)
-    assert_right(case, [everyone(case, 96)], place, members=2, num_splits=num_splits)
+    assert_right(case, [everyone(case, 96)], place, num_splits=num_splits)
 
 
 @places
@@ -122,10 +116,10 @@ def test_runs_of_some_behind_a_run_of_all(place: Place) -> None:
 def test_one_run_in_groups_that_each_hold_a_part_of_its_agents(place: Place) -> None:
     agents = [Agent(50, 48, n % 2) for n in range(5)]
     case = case_at(place, agents, ranks=((4, 4), (8, 8)), shared_len=48)
-    assert_right(case, [Run(0, 48, [0, 2]), Run(0, 48, [4, 1]), Run(0, 48, [3])], place, members=2)
+    assert_right(case, [Run(0, 48, [0, 2]), Run(0, 48, [4, 1]), Run(0, 48, [3])], place)
 
 
-@places
+@few_places
 def test_keys_scaled_under_qk_norm(place: Place) -> None:
     agents = [Agent(60, 50, 0), Agent(60, 50, 1), Agent(50)]
     case = case_at(place, agents, ranks=((5, 5), (0, 6)), is_normed=True, num_kv_heads=2, shared_len=48)

@@ -44,7 +44,7 @@ def grouped_config(head_dim: int, num_columns: int, itemsize: int, rank: int, ha
         return GroupedConfig(32, min(half, 32), 4, 1)
     wide = num_columns > 32 or head_dim > 128
     if wide and (rank == 0 or not has_k):
-        return GroupedConfig(64, half, 4 if num_columns <= 64 and head_dim <= 128 else 8, 2)
+        return GroupedConfig(64, half, 8, 2)
     if wide:
         return GroupedConfig(128, min(half, 64), 8, 2 if head_dim <= 128 else 1)
     return GroupedConfig(64, half if rank <= 32 else min(half, 32), 4, 2)

@@ -105,17 +105,12 @@ def decode_kernel(
             b_k = ()
             cos = ()
             sin = ()
-            own_q = ()
-            crossed_q = ()
             for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
                 factor = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, first_f)
                 b_k = b_k + (factor.to(half),)
                 c, s = offset_angles(cos_sin_ptr, num_positions, HEAD_DIM, BLOCK_N, BLOCK_H, first_f)
                 cos = cos + (c.to(half),)
                 sin = sin + (s.to(half),)
-                own, other = load_query_halves(q_row, heads * HEAD_DIM, is_row, HEAD_DIM, BLOCK_H, first_f)
-                own_q = own_q + (own,)
-                crossed_q = crossed_q + (other,)
             residual_pages = residual_pages_ptr + sequence.to(tl.int64) * residual_pages_stride
             if HAS_KEY_SCALE:
                 norm_column = tl.load(norm_column_ptr + adapter)
@@ -128,6 +123,8 @@ def decode_kernel(
             next_mask = start + offsets < residual_end
             next_k = load_residual_rows(k_ptr, residual_slots, next_mask, rank_class, BLOCK_R)
             next_v = load_residual_rows(v_ptr, residual_slots, next_mask, rank_class, BLOCK_R)
+            following = start + BLOCK_N + offsets
+            residual_page_ids = load_page_ids(residual_pages, following, following < residual_end, PAGE_SIZE)
             for tile in range(start, residual_end, BLOCK_N):
                 positions = tile + offsets
                 mask = positions < end
@@ -144,15 +141,18 @@ def decode_kernel(
                     norm = tl.where(norm_column >= 0, norm, 1.0)
                 following = positions + BLOCK_N
                 pages = load_page_ids(base_pages, following, following < end, PAGE_SIZE)
-                residual_slots = page_slots(residual_pages, following, following < residual_end, PAGE_SIZE)
+                residual_slots = slots_of(residual_page_ids, following, PAGE_SIZE)
                 next_k = load_residual_rows(k_ptr, residual_slots, following < residual_end, rank_class, BLOCK_R)
                 next_v = load_residual_rows(v_ptr, residual_slots, following < residual_end, rank_class, BLOCK_R)
+                following += BLOCK_N
+                residual_page_ids = load_page_ids(residual_pages, following, following < residual_end, PAGE_SIZE)
                 scores = tl.dot(k, q, input_precision=PRECISION)
                 added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if HAS_KEY_SCALE else scores
                 for f in tl.static_range(0, NUM_F):
                     y = tl.dot(a_k.to(half), b_k[f], input_precision=PRECISION, out_dtype=half)
                     y = rotated_tile(y, cos[f], sin[f], BLOCK_N, BLOCK_H)
-                    back = rotated_back(own_q[f], crossed_q[f], cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, f * BLOCK_H)
+                    own, crossed = load_query_halves(q_row, heads * HEAD_DIM, is_row, HEAD_DIM, BLOCK_H, f * BLOCK_H)
+                    back = rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, f * BLOCK_H)
                     added = tl.dot(y, back.to(half), added, input_precision=PRECISION)
                 if HAS_KEY_SCALE:
                     scores = scores * (1.0 + change)[:, None] + added * norm[:, None]
@@ -241,14 +241,21 @@ def aot_variants() -> list[AotVariant]:
     """Llama-3.1-8B with and without adapters, Qwen3 (key scales), Qwen2.5-7B (7 rows a kv head) at rank 64."""
     return [
         _variant("bf16", 8, 4, 128, 0),
-        _variant("bf16", 8, 4, 128, 16),
-        _variant("fp16", 8, 4, 128, 16, has_key_scale=True),
-        _variant("bf16", 4, 7, 128, 64),
+        _variant("bf16", 8, 4, 128, 16, max_local_bytes=32),  # spilled before the loop over tiles, read after it
+        _variant("fp16", 8, 4, 128, 16, has_key_scale=True, max_local_bytes=64),
+        _variant("bf16", 4, 7, 128, 64, max_local_bytes=288),
     ]
 
 
 def _variant(
-    dtype: str, num_kv_heads: int, group: int, head_dim: int, rank: int, has_key_scale: bool = False, page_size: int = 16
+    dtype: str,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    rank: int,
+    has_key_scale: bool = False,
+    page_size: int = 16,
+    max_local_bytes: int = 0,
 ) -> AotVariant:
     config = decode_config(head_dim, group, 2, rank)
     constants = {
@@ -265,4 +272,4 @@ def _variant(
         del signature[name]
         constants[name] = None
     name = f"decode_{dtype}_{num_kv_heads}x{group}x{head_dim}_r{rank}{'_scaled' if has_key_scale else ''}"
-    return AotVariant(decode_kernel, signature, constants, config.num_warps, config.num_stages, name)
+    return AotVariant(decode_kernel, signature, constants, config.num_warps, config.num_stages, name, max_local_bytes)

@@ -45,7 +45,6 @@ from forkkv_kernels._triton.tiles import (
     load_query_halves,
     load_residual_rows,
     offset_angles,
-    page_slots,
     residual_of,
     rotated_back,
     rotated_tile,
@@ -58,17 +57,42 @@ from forkkv_kernels.reference.residual_attention_grouped import SharedRuns
 
 
 @triton.jit
-def load_subgroup_rows(
-    plane_ptr, subgroups_ptr, subgroup, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions, mask,
+def open_subgroups(
+    plane_ptr, subgroups_ptr, first, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions, mask,
     PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """(residual rows, their slots, adapter, class) of a subgroup; ``mask`` is empty past the last one."""
-    entry = subgroups_ptr + subgroup * 4
-    adapter = tl.load(entry)
-    pages = residual_pages_ptr + tl.load(entry + 3).to(tl.int64) * residual_pages_stride
+    """A tile's residual rows of the first subgroup, and what leads to those of the next two.
+
+    Rows lie behind three loads that wait for each other (subgroup, page table and class, rows): each is made one subgroup
+    before the next, so that none is waited for. -> (rows, their pages, adapter, class; pages, adapter, class of the second;
+    adapter and owner of the third). Beyond ``last`` it is ``last`` again.
+    """
+    second = subgroups_ptr + tl.minimum(first + 1, last) * 4
+    third = subgroups_ptr + tl.minimum(first + 2, last) * 4
+    adapter = tl.load(subgroups_ptr + first * 4)
+    adapter1 = tl.load(second)
+    row = tl.load(subgroups_ptr + first * 4 + 3).to(tl.int64)
+    row1 = tl.load(second + 3).to(tl.int64)
     rank_class = tl.load(rank_class_ptr + adapter)
-    slots = page_slots(pages, positions, mask, PAGE_SIZE)
-    return load_residual_rows(plane_ptr, slots, mask, rank_class, BLOCK_R, True), slots, adapter, rank_class
+    class1 = tl.load(rank_class_ptr + adapter1)
+    pages = load_page_ids(residual_pages_ptr + row * residual_pages_stride, positions, mask, PAGE_SIZE)
+    pages1 = load_page_ids(residual_pages_ptr + row1 * residual_pages_stride, positions, mask, PAGE_SIZE)
+    rows = load_residual_rows(plane_ptr, slots_of(pages, positions, PAGE_SIZE), mask, rank_class, BLOCK_R, True)
+    return rows, pages, adapter, rank_class, pages1, adapter1, class1, tl.load(third), tl.load(third + 3)
+
+
+@triton.jit
+def next_subgroups(
+    plane_ptr, subgroups_ptr, subgroup, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions, mask,
+    pages1, adapter1, class1, adapter2, row2, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same for the one after ``subgroup``."""
+    rows = load_residual_rows(plane_ptr, slots_of(pages1, positions, PAGE_SIZE), mask, class1, BLOCK_R, True)
+    owner = residual_pages_ptr + row2.to(tl.int64) * residual_pages_stride
+    pages2 = load_page_ids(owner, positions, mask, PAGE_SIZE)
+    class2 = tl.load(rank_class_ptr + adapter2)
+    third = subgroups_ptr + tl.minimum(subgroup + 3, last) * 4
+    return rows, pages1, adapter1, class1, pages2, adapter2, class2, tl.load(third), tl.load(third + 3)
 
 
 @triton.jit(do_not_specialize=["num_positions", "base_pages_stride", "residual_pages_stride", "out_splits"])
@@ -141,43 +165,45 @@ def grouped_kernel(
         pages = load_page_ids(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
         scores = tl.dot(k, q, input_precision=PRECISION)
         if HAS_K:
+            # An ``if`` around the loop over subgroups, besides: with it the compiler pipelines the loads of K and V in the loop
+            # over tiles; where a loop stands in that one directly, it does not.
             if first_subgroup < end_subgroup:
-                next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
-                    k_ptr, subgroups_ptr, first_subgroup, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
-                    mask & (first_subgroup < end_subgroup), PAGE_SIZE, BLOCK_R,
+                rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = open_subgroups(
+                    k_ptr, subgroups_ptr, first_subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
+                    rank_class_ptr, positions, mask, PAGE_SIZE, BLOCK_R,
                 )  # fmt: skip
                 back = ()
                 for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
                     own, crossed = load_query_halves(q_ptr, q_rows, is_row, HEAD_DIM, BLOCK_H, first_f)
                     back = back + (rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, first_f).to(half),)
                 for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
-                    adapter = next_adapter
-                    slots_k = next_slots
-                    rank_class = next_class
-                    rank = tl.load(ranks_ptr + 2 * adapter)
+                    own_adapter = adapter
+                    own_pages = row_pages
+                    own_class = rank_class
+                    rank = tl.load(ranks_ptr + 2 * own_adapter)
                     member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
                     member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
                     is_own = (member >= member_first) & (member < member_end)
-                    a_k = residual_of(next_rows, rank, BLOCK_R).to(half)
-                    following = tl.minimum(subgroup + 1, end_subgroup - 1)
-                    next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
-                        k_ptr, subgroups_ptr, following, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
-                        mask, PAGE_SIZE, BLOCK_R,
+                    a_k = residual_of(rows, rank, BLOCK_R).to(half)
+                    rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = next_subgroups(
+                        k_ptr, subgroups_ptr, subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
+                        rank_class_ptr, positions, mask, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
                     )  # fmt: skip
                     added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     for f in tl.static_range(0, NUM_F):
                         b = load_factor_halves(
-                            b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, f * BLOCK_H
+                            b_k_ptr, own_adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, f * BLOCK_H
                         )
                         y = tl.dot(a_k, b.to(half), input_precision=PRECISION, out_dtype=half)
                         y = rotated_tile(y, cos[f], sin[f], BLOCK_N, BLOCK_H)
                         added = tl.dot(y, back[f], added, input_precision=PRECISION)
                     if HAS_KEY_SCALE:
-                        norm_column = tl.load(norm_column_ptr + adapter)
+                        own_slots = slots_of(own_pages, positions, PAGE_SIZE)
+                        norm_column = tl.load(norm_column_ptr + own_adapter)
                         is_scaled = mask & (norm_column >= 0)
-                        norm = load_key_scale(k_ptr, slots_k, is_scaled, rank_class, norm_column + head)
-                        change_column = tl.load(change_column_ptr + adapter)
-                        change = load_key_scale(v_ptr, slots_k, is_scaled, rank_class, change_column + head)
+                        norm = load_key_scale(k_ptr, own_slots, is_scaled, own_class, norm_column + head)
+                        change_column = tl.load(change_column_ptr + own_adapter)
+                        change = load_key_scale(v_ptr, own_slots, is_scaled, own_class, change_column + head)
                         norm = tl.where(norm_column >= 0, norm, 1.0)
                         changed = scores * (1.0 + change)[:, None] + added * norm[:, None]
                         scores = tl.where(is_own[None, :], changed, scores)
@@ -190,20 +216,19 @@ def grouped_kernel(
         if RANK > 0:
             recalled *= correction[None, :]
             if first_subgroup < end_subgroup:
-                next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
-                    v_ptr, subgroups_ptr, first_subgroup, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
-                    mask & (first_subgroup < end_subgroup), PAGE_SIZE, BLOCK_R,
+                rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = open_subgroups(
+                    v_ptr, subgroups_ptr, first_subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
+                    rank_class_ptr, positions, mask, PAGE_SIZE, BLOCK_R,
                 )  # fmt: skip
                 for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
-                    rank = tl.load(ranks_ptr + 2 * next_adapter + 1)
+                    rank = tl.load(ranks_ptr + 2 * adapter + 1)
                     member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
                     member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
                     is_own = (member >= member_first) & (member < member_end)
-                    a_v = residual_of(next_rows, rank, BLOCK_R)
-                    following = tl.minimum(subgroup + 1, end_subgroup - 1)
-                    next_rows, next_slots, next_adapter, next_class = load_subgroup_rows(
-                        v_ptr, subgroups_ptr, following, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
-                        mask, PAGE_SIZE, BLOCK_R,
+                    a_v = residual_of(rows, rank, BLOCK_R)
+                    rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = next_subgroups(
+                        v_ptr, subgroups_ptr, subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
+                        rank_class_ptr, positions, mask, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
                     )  # fmt: skip
                     recalled += tl.where(is_own[None, :], tl.dot(tl.trans(a_v), p, input_precision=PRECISION), 0.0)
         output = tl.dot(tl.trans(v), p, output * correction[None, :], input_precision=PRECISION)
@@ -219,6 +244,11 @@ def grouped_kernel(
             output = tl.dot(tl.trans(b_v).to(tl.float32), own, output, input_precision=PRECISION)
 
     sums = tl.sum(total, axis=0)
+    # Read again: addresses made of what was read before the loop would wait for its end in registers, or spill.
+    sequence = tl.load(members_ptr + group * MEMBERS + member)
+    is_row = (sequence >= 0) & (column % BLOCK_G < GROUP)
+    sequence = tl.where(is_row, sequence, 0).to(tl.int64)
+    lse_at = lse_ptr + (sequence * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split
     out_at = out_ptr + ((sequence * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split) * HEAD_DIM
     tl.store(out_at[None, :] + dims[:, None], output / sums[None, :], mask=is_row[None, :] & (dims < HEAD_DIM)[:, None])
     tl.store(lse_at, (highest + tl.log2(sums)) * 0.6931471805599453, mask=is_row)
@@ -242,7 +272,7 @@ def grouped(
     group = num_heads // rows.num_kv_heads
     num_groups, members = runs.members.shape
     rank = residuals.b_k.shape[1] if residuals is not None else 0
-    columns = members * triton.next_power_of_2(group)
+    columns = members * _block_g(group, members)
     config = config or grouped_config(head_dim, columns, q.element_size(), rank, has_k)
     if num_groups == 0 or num_splits == 0 or len(q) == 0:
         return
@@ -263,13 +293,18 @@ def grouped(
     )  # fmt: skip
 
 
+def _block_g(group: int, members: int) -> int:
+    """Columns of a member: a warpgroup's product has 16 at least."""
+    return max(triton.next_power_of_2(group), 16 // members)
+
+
 def _constants(head_dim: int, group: int, members: int, is_exact: bool, config: GroupedConfig) -> dict[str, Any]:
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "PRECISION": "ieee" if is_exact else "tf32",
         "MEMBERS": members,
-        "BLOCK_G": triton.next_power_of_2(group),
+        "BLOCK_G": _block_g(group, members),
         "BLOCK_N": config.block_n,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "BLOCK_H": config.block_h,
@@ -291,7 +326,7 @@ def _variant(
     has_key_scale: bool = False, page_size: int = 16,
 ) -> AotVariant:  # fmt: skip
     has_k = has_k and rank > 0
-    config = grouped_config(head_dim, members * triton.next_power_of_2(group), 2, rank, has_k)
+    config = grouped_config(head_dim, members * _block_g(group, members), 2, rank, has_k)
     constants = {
         "NUM_KV_HEADS": num_kv_heads, "PAGE_SIZE": page_size, "RANK": rank, "HAS_K": has_k, "HAS_KEY_SCALE": has_key_scale,
         **_constants(head_dim, group, members, False, config),
