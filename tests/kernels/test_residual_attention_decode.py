@@ -16,7 +16,10 @@ from tests.kernels.places import TRITON_PLACES, Place, _place
 
 RANKS = ((0, 0), (1, 1), (8, 8), (16, 16), (17, 17), (64, 64))
 
-places = pytest.mark.parametrize("place", TRITON_PLACES)
+places = pytest.mark.parametrize(
+    "place",
+    [_place("interpreter", torch.float32), _place("interpreter", torch.float16), _place("gpu", torch.bfloat16)],
+)
 few_places = pytest.mark.parametrize("place", [_place("interpreter", torch.float32), _place("gpu", torch.bfloat16)])
 """For shapes of a test's own: compiling takes a GPU's host seconds each."""
 
@@ -42,7 +45,7 @@ def assert_right(case: Case, place: Place, num_splits: int = 1) -> None:
     assert_close(found(case, place, num_splits), wanted(case))
 
 
-@few_places
+@pytest.mark.parametrize("place", TRITON_PLACES)
 def test_every_rank_in_one_batch(place: Place) -> None:
     agents = [Agent(30 + 7 * a, 25 + 7 * a, a) for a in range(len(RANKS))]
     assert_right(case_at(place, [*agents, Agent(50)], ranks=RANKS, stack_rank=64), place)
@@ -84,6 +87,13 @@ def test_the_number_of_splits_changes_nothing(place: Place, num_splits: int) -> 
 def test_keys_scaled_under_qk_norm(place: Place) -> None:
     agents = [Agent(80, 70, 0), Agent(60, 60, 1), Agent(40)]
     assert_right(case_at(place, agents, ranks=((5, 5), (0, 6)), is_normed=True, num_kv_heads=2), place)
+
+
+@places
+def test_factors_in_fp16_beside_other_kv(place: Place) -> None:
+    case = case_at(place, [Agent(100, 90, 0)], ranks=((16, 16),))
+    factors = replace(case.residuals, b_k=case.residuals.b_k.half())
+    assert_right(replace(case, residuals=factors), place)
 
 
 @places

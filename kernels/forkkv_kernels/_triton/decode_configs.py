@@ -19,12 +19,13 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class GroupedConfig:
-    """The same; columns are members * g."""
+    """The same; columns are members * g. maxnreg: registers of a thread, at the price of spills, where set."""
 
     block_n: int
     block_h: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 def decode_config(head_dim: int, group: int, itemsize: int, rank: int) -> DecodeConfig:

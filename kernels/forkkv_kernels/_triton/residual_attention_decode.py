@@ -133,7 +133,7 @@ def decode_kernel(
                 k = load_base(k_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
                 v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
                 a_k = residual_of(next_k, rank_k, BLOCK_R)
-                a_v = residual_of(next_v, rank_v, BLOCK_R)
+                a_v = next_v  # what lies beyond the rank stays in rows of its own, which are dropped at the end
                 if HAS_KEY_SCALE:
                     is_scaled = has_residual & (norm_column >= 0)
                     norm = load_key_scale(k_ptr, residual_slots, is_scaled, rank_class, norm_column + head)
@@ -152,19 +152,20 @@ def decode_kernel(
                     y = tl.dot(a_k.to(half), b_k[f], input_precision=PRECISION, out_dtype=half)
                     y = rotated_tile(y, cos[f], sin[f], BLOCK_N, BLOCK_H)
                     own, crossed = load_query_halves(q_row, heads * HEAD_DIM, is_row, HEAD_DIM, BLOCK_H, f * BLOCK_H)
-                    back = rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, f * BLOCK_H)
-                    added = tl.dot(y, back.to(half), added, input_precision=PRECISION)
+                    back = rotated_back(own.to(half), crossed.to(half), cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, f * BLOCK_H)
+                    added = tl.dot(y, back, added, input_precision=PRECISION)
                 if HAS_KEY_SCALE:
                     scores = scores * (1.0 + change)[:, None] + added * norm[:, None]
                 else:
                     scores = added
-                scores = tl.where(mask[:, None], scores * scale_log2, float("-inf"))
-                weights, correction, highest, total = softmax_step(scores, highest, total)
+                scores = tl.where(mask[:, None], scores, float("-inf"))
+                weights, correction, highest, total = softmax_step(scores, scale_log2, highest, total)
                 p = weights.to(dtype)
                 output = tl.dot(tl.trans(v), p, output * correction[None, :], input_precision=PRECISION)
                 recalled = tl.dot(tl.trans(a_v), p, recalled * correction[None, :], input_precision=PRECISION)
             plain_start = start + tl.cdiv(residual_end - start, BLOCK_N) * BLOCK_N
             b_v = load_factor(b_v_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_D)
+            recalled = tl.where((tl.arange(0, BLOCK_R) < rank_v)[:, None], recalled, 0.0)
             # In fp32, as the sums are: bf16 would round sums over the whole split.
             output = tl.dot(tl.trans(b_v).to(tl.float32), recalled, output, input_precision=PRECISION)
 
@@ -177,8 +178,8 @@ def decode_kernel(
         v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
         pages = load_page_ids(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
         scores = tl.dot(k, q, input_precision=PRECISION)
-        scores = tl.where(mask[:, None], scores * scale_log2, float("-inf"))
-        weights, correction, highest, total = softmax_step(scores, highest, total)
+        scores = tl.where(mask[:, None], scores, float("-inf"))
+        weights, correction, highest, total = softmax_step(scores, scale_log2, highest, total)
         output = tl.dot(tl.trans(v), weights.to(dtype), output * correction[None, :], input_precision=PRECISION)
 
     sums = tl.sum(total, axis=0)

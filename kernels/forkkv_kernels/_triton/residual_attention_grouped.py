@@ -43,7 +43,6 @@ from forkkv_kernels._triton.tiles import (
     load_key_scale,
     load_page_ids,
     load_query_halves,
-    load_residual_rows,
     offset_angles,
     residual_of,
     rotated_back,
@@ -57,15 +56,24 @@ from forkkv_kernels.reference.residual_attention_grouped import SharedRuns
 
 
 @triton.jit
+def rows_of(plane_ptr, pages, positions, rank_class, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Residual rows of positions that are all inside the run: [BLOCK_N, BLOCK_R], garbage from the rank on."""
+    columns = tl.arange(0, BLOCK_R)
+    width = (rank_class // 8) * 8  # says to the compiler that rows are aligned
+    pointers = plane_ptr + slots_of(pages, positions, PAGE_SIZE)[:, None] * width + columns[None, :]
+    return tl.load(pointers, mask=(columns < width)[None, :], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def open_subgroups(
-    plane_ptr, subgroups_ptr, first, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions, mask,
+    plane_ptr, subgroups_ptr, first, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
     PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """A tile's residual rows of the first subgroup, and what leads to those of the next two.
 
     Rows lie behind three loads that wait for each other (subgroup, page table and class, rows): each is made one subgroup
     before the next, so that none is waited for. -> (rows, their pages, adapter, class; pages, adapter, class of the second;
-    adapter and owner of the third). Beyond ``last`` it is ``last`` again.
+    adapter and owner of the third). Beyond ``last`` it is ``last`` again. ``positions`` are all inside the run.
     """
     second = subgroups_ptr + tl.minimum(first + 1, last) * 4
     third = subgroups_ptr + tl.minimum(first + 2, last) * 4
@@ -75,21 +83,21 @@ def open_subgroups(
     row1 = tl.load(second + 3).to(tl.int64)
     rank_class = tl.load(rank_class_ptr + adapter)
     class1 = tl.load(rank_class_ptr + adapter1)
-    pages = load_page_ids(residual_pages_ptr + row * residual_pages_stride, positions, mask, PAGE_SIZE)
-    pages1 = load_page_ids(residual_pages_ptr + row1 * residual_pages_stride, positions, mask, PAGE_SIZE)
-    rows = load_residual_rows(plane_ptr, slots_of(pages, positions, PAGE_SIZE), mask, rank_class, BLOCK_R, True)
+    pages = tl.load(residual_pages_ptr + row * residual_pages_stride + positions // PAGE_SIZE)
+    pages1 = tl.load(residual_pages_ptr + row1 * residual_pages_stride + positions // PAGE_SIZE)
+    rows = rows_of(plane_ptr, pages, positions, rank_class, PAGE_SIZE, BLOCK_R)
     return rows, pages, adapter, rank_class, pages1, adapter1, class1, tl.load(third), tl.load(third + 3)
 
 
 @triton.jit
 def next_subgroups(
-    plane_ptr, subgroups_ptr, subgroup, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions, mask,
+    plane_ptr, subgroups_ptr, subgroup, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
     pages1, adapter1, class1, adapter2, row2, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The same for the one after ``subgroup``."""
-    rows = load_residual_rows(plane_ptr, slots_of(pages1, positions, PAGE_SIZE), mask, class1, BLOCK_R, True)
+    rows = rows_of(plane_ptr, pages1, positions, class1, PAGE_SIZE, BLOCK_R)
     owner = residual_pages_ptr + row2.to(tl.int64) * residual_pages_stride
-    pages2 = load_page_ids(owner, positions, mask, PAGE_SIZE)
+    pages2 = tl.load(owner + positions // PAGE_SIZE)
     class2 = tl.load(rank_class_ptr + adapter2)
     third = subgroups_ptr + tl.minimum(subgroup + 3, last) * 4
     return rows, pages1, adapter1, class1, pages2, adapter2, class2, tl.load(third), tl.load(third + 3)
@@ -97,7 +105,7 @@ def next_subgroups(
 
 @triton.jit(do_not_specialize=["num_positions", "base_pages_stride", "residual_pages_stride", "out_splits"])
 def grouped_kernel(
-    q_ptr, k_ptr, v_ptr, base_pages_ptr, groups_ptr, members_ptr, subgroups_ptr, residual_pages_ptr,
+    q_ptr, q_half_ptr, k_ptr, v_ptr, base_pages_ptr, groups_ptr, members_ptr, subgroups_ptr, residual_pages_ptr,
     b_k_ptr, b_v_ptr, ranks_ptr, rank_class_ptr, norm_column_ptr, change_column_ptr, cos_sin_ptr, out_ptr, lse_ptr,
     scale_log2, num_positions, q_stride, base_pages_stride, residual_pages_stride, out_splits,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, RANK: tl.constexpr,
@@ -136,6 +144,7 @@ def grouped_kernel(
     base_pages = base_pages_ptr + tl.load(entry + 2).to(tl.int64) * base_pages_stride
     dims = tl.arange(0, BLOCK_D)
     q_rows = sequence * q_stride + heads * HEAD_DIM
+    half_rows = (sequence * NUM_KV_HEADS * GROUP + heads) * HEAD_DIM
     q = tl.load(q_ptr + q_rows[None, :] + dims[:, None], mask=is_row[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
     offsets = tl.arange(0, BLOCK_N)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -159,6 +168,7 @@ def grouped_kernel(
     for tile in range(start, end, BLOCK_N):
         positions = tile + offsets
         mask = positions < end
+        inside = tl.minimum(positions, end - 1)
         slots = slots_of(pages, positions, PAGE_SIZE)
         k = load_base(k_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
         v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
@@ -170,12 +180,12 @@ def grouped_kernel(
             if first_subgroup < end_subgroup:
                 rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = open_subgroups(
                     k_ptr, subgroups_ptr, first_subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
-                    rank_class_ptr, positions, mask, PAGE_SIZE, BLOCK_R,
+                    rank_class_ptr, inside, PAGE_SIZE, BLOCK_R,
                 )  # fmt: skip
                 back = ()
                 for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
-                    own, crossed = load_query_halves(q_ptr, q_rows, is_row, HEAD_DIM, BLOCK_H, first_f)
-                    back = back + (rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, first_f).to(half),)
+                    own, crossed = load_query_halves(q_half_ptr, half_rows, is_row, HEAD_DIM, BLOCK_H, first_f)
+                    back = back + (rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, first_f),)
                 for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
                     own_adapter = adapter
                     own_pages = row_pages
@@ -184,21 +194,21 @@ def grouped_kernel(
                     member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
                     member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
                     is_own = (member >= member_first) & (member < member_end)
-                    a_k = residual_of(rows, rank, BLOCK_R).to(half)
+                    a_k = residual_of(rows, rank, BLOCK_R)
                     rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = next_subgroups(
                         k_ptr, subgroups_ptr, subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
-                        rank_class_ptr, positions, mask, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
+                        rank_class_ptr, inside, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
                     )  # fmt: skip
                     added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     for f in tl.static_range(0, NUM_F):
                         b = load_factor_halves(
                             b_k_ptr, own_adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, f * BLOCK_H
                         )
-                        y = tl.dot(a_k, b.to(half), input_precision=PRECISION, out_dtype=half)
+                        y = tl.dot(a_k.to(half), b.to(half), input_precision=PRECISION, out_dtype=half)
                         y = rotated_tile(y, cos[f], sin[f], BLOCK_N, BLOCK_H)
                         added = tl.dot(y, back[f], added, input_precision=PRECISION)
                     if HAS_KEY_SCALE:
-                        own_slots = slots_of(own_pages, positions, PAGE_SIZE)
+                        own_slots = slots_of(own_pages, inside, PAGE_SIZE)
                         norm_column = tl.load(norm_column_ptr + own_adapter)
                         is_scaled = mask & (norm_column >= 0)
                         norm = load_key_scale(k_ptr, own_slots, is_scaled, own_class, norm_column + head)
@@ -210,25 +220,24 @@ def grouped_kernel(
                     else:
                         scores += tl.where(is_own[None, :], added, 0.0)
 
-        scores = tl.where(mask[:, None], scores * scale_log2, float("-inf"))
-        weights, correction, highest, total = softmax_step(scores, highest, total)
+        scores = tl.where(mask[:, None], scores, float("-inf"))
+        weights, correction, highest, total = softmax_step(scores, scale_log2, highest, total)
         p = weights.to(dtype)
         if RANK > 0:
             recalled *= correction[None, :]
             if first_subgroup < end_subgroup:
                 rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = open_subgroups(
                     v_ptr, subgroups_ptr, first_subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
-                    rank_class_ptr, positions, mask, PAGE_SIZE, BLOCK_R,
+                    rank_class_ptr, inside, PAGE_SIZE, BLOCK_R,
                 )  # fmt: skip
                 for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
-                    rank = tl.load(ranks_ptr + 2 * adapter + 1)
                     member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
                     member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
                     is_own = (member >= member_first) & (member < member_end)
-                    a_v = residual_of(rows, rank, BLOCK_R)
+                    a_v = rows  # what lies beyond the rank stays in rows of its own, which are dropped at the end
                     rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = next_subgroups(
                         v_ptr, subgroups_ptr, subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
-                        rank_class_ptr, positions, mask, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
+                        rank_class_ptr, inside, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
                     )  # fmt: skip
                     recalled += tl.where(is_own[None, :], tl.dot(tl.trans(a_v), p, input_precision=PRECISION), 0.0)
         output = tl.dot(tl.trans(v), p, output * correction[None, :], input_precision=PRECISION)
@@ -240,7 +249,8 @@ def grouped_kernel(
             member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
             is_own = (member >= member_first) & (member < member_end)
             b_v = load_factor(b_v_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_D)
-            own = tl.where(is_own[None, :], recalled, 0.0)
+            is_ranked = tl.arange(0, BLOCK_R) < tl.load(ranks_ptr + 2 * adapter + 1)
+            own = tl.where(is_ranked[:, None] & is_own[None, :], recalled, 0.0)
             output = tl.dot(tl.trans(b_v).to(tl.float32), own, output, input_precision=PRECISION)
 
     sums = tl.sum(total, axis=0)
@@ -282,14 +292,18 @@ def grouped(
             residuals.pages, residuals.b_k, residuals.b_v, residuals.ranks, residuals.rank_class, residuals.norm_column,
             residuals.change_column, residuals.cos_sin,
         )  # fmt: skip
+    is_exact = q.dtype == torch.float32
+    q_half = q.contiguous() if is_exact else q
+    if has_k and rank > 0 and not is_exact:  # a conversion here, not one a tile
+        q_half = q.half().contiguous()
     grouped_kernel[(rows.num_kv_heads, num_splits, num_groups)](
-        q, k_plane, v_plane, rows.base_pages, runs.groups, runs.members, runs.subgroups, *tables, partials.out, partials.lse,
-        scale * LOG2_E, len(residuals.cos_sin) if residuals is not None else 0, q.stride(0), rows.base_pages.stride(0),
-        residuals.pages.stride(0) if residuals is not None else 0, partials.num_splits,
+        q, q_half, k_plane, v_plane, rows.base_pages, runs.groups, runs.members, runs.subgroups, *tables, partials.out,
+        partials.lse, scale * LOG2_E, len(residuals.cos_sin) if residuals is not None else 0, q.stride(0),
+        rows.base_pages.stride(0), residuals.pages.stride(0) if residuals is not None else 0, partials.num_splits,
         NUM_KV_HEADS=rows.num_kv_heads, PAGE_SIZE=rows.page_size, RANK=rank, HAS_K=has_k and rank > 0,
         HAS_KEY_SCALE=residuals is not None and residuals.norm_column is not None,
-        **_constants(head_dim, group, members, q.dtype == torch.float32, config),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **_constants(head_dim, group, members, is_exact, config),
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
 
 
@@ -332,6 +346,7 @@ def _variant(
         **_constants(head_dim, group, members, False, config),
     }  # fmt: skip
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "b_k_ptr", "b_v_ptr"), f"*{dtype}")
+    signature["q_half_ptr"] = "*fp16" if has_k else f"*{dtype}"
     signature |= dict.fromkeys(("base_pages_ptr", "groups_ptr", "members_ptr", "subgroups_ptr", "residual_pages_ptr"), "*i32")
     signature |= dict.fromkeys(("ranks_ptr", "rank_class_ptr", "norm_column_ptr", "change_column_ptr"), "*i32")
     signature |= dict.fromkeys(("cos_sin_ptr", "out_ptr", "lse_ptr"), "*fp32") | {"scale_log2": "fp32"}

@@ -211,22 +211,23 @@ def load_query_halves(q_ptr, offsets, is_row, HEAD_DIM: tl.constexpr, BLOCK_H: t
 
 @triton.jit
 def rotated_back(q, crossed, cos_sin_ptr, position, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0):
-    """R_(-p) of q by position p: [2 * BLOCK_H, BLOCK_M] fp32, of what ``load_query_halves`` gave."""
+    """R_(-p) of q by position p, of what ``load_query_halves`` gave and in its dtype: [2 * BLOCK_H, BLOCK_M]."""
     frequency = FIRST + tl.arange(0, 2 * BLOCK_H) % BLOCK_H
     mask = frequency < HEAD_DIM // 2
     row = cos_sin_ptr + position * HEAD_DIM + frequency
     cos = tl.load(row, mask=mask, other=0.0)
     sin = tl.load(row + HEAD_DIM // 2, mask=mask, other=0.0)
-    return q.to(tl.float32) * cos[:, None] + crossed.to(tl.float32) * sin[:, None]
+    return q * cos.to(q.dtype)[:, None] + crossed * sin.to(q.dtype)[:, None]
 
 
 @triton.jit
-def softmax_step(scores, highest, total):
-    """scores [BLOCK_N, BLOCK_M] in powers of two -> (weights, correction [BLOCK_M], highest [BLOCK_M], total).
+def softmax_step(scores, scale_log2, highest, total):
+    """scores [BLOCK_N, BLOCK_M] not scaled, scale_log2 > 0 -> (weights, correction [BLOCK_M], highest [BLOCK_M], total).
 
-    ``total`` [BLOCK_N, BLOCK_M] is kept for each key of a tile and summed after the last: one sum over keys less a tile.
+    ``highest`` is of scaled scores, in powers of two. ``total`` [BLOCK_N, BLOCK_M] is kept for each key of a tile and summed
+    after the last: one sum over keys less a tile.
     """
-    new_highest = tl.maximum(highest, tl.max(scores, axis=0))
+    new_highest = tl.maximum(highest, tl.max(scores, axis=0) * scale_log2)
     correction = tl.exp2(highest - new_highest)
-    weights = tl.exp2(scores - new_highest[None, :])
+    weights = tl.exp2(scores * scale_log2 - new_highest[None, :])
     return weights, correction, new_highest, total * correction[None, :] + weights

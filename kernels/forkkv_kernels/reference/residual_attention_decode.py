@@ -31,9 +31,9 @@ class DecodeResiduals:
     """The low-rank part of each sequence's keys: its first ``lens`` [N] positions have one, under adapter ``adapters`` [N] (-1:
     base model), in ``pages`` [N, PR] of that adapter's class.
 
-    b_k, b_v [A, R, Hkv, D] scaled, zero beyond the rank; ranks [A, 2] (r_k, r_v; 0: not targeted), rank_class [A] (width of a
-    residual row); cos_sin [positions, D] fp32. On a model with QK-norm norm_column and change_column [A] (-1: k not targeted),
-    else None. Tables int32.
+    b_k, b_v [A, R, Hkv, D] scaled, zero beyond the rank, b_k in fp16 or the KV's dtype; ranks [A, 2] (r_k, r_v; 0: not
+    targeted), rank_class [A] (width of a residual row); cos_sin [positions, D] fp32. On a model with QK-norm norm_column and
+    change_column [A] (-1: k not targeted), else None. Tables int32.
     """
 
     pages: Tensor
