@@ -44,11 +44,11 @@ def grouped_config(head_dim: int, num_columns: int, itemsize: int, rank: int, ha
     if itemsize == 4:
         return GroupedConfig(32, min(half, 32), 4, 1)
     wide = num_columns > 32 or head_dim > 128
-    if wide and (rank == 0 or not has_k):
-        return GroupedConfig(64, half, 8, 2)
+    if rank == 0 or not has_k:
+        return GroupedConfig(64, half, 8 if num_columns > 64 or head_dim > 128 else 4, 2)
     if wide:
-        return GroupedConfig(128, min(half, 64), 8, 2 if head_dim <= 128 else 1)
-    return GroupedConfig(64, half if rank <= 32 else min(half, 32), 4, 2)
+        return GroupedConfig(128, half, 8, 2 if head_dim <= 128 else 1)
+    return GroupedConfig(64, half, 4, 2)
 
 
 def power_of_two(number: int) -> int:
