@@ -98,7 +98,8 @@ def _residuals(shape: Layer, adapters: list[int], pages: Tensor, rank_k: int, ra
     tables = (lens, adapters, [[rank_k, rank_v]] * num_adapters, [row_class] * num_adapters)
     lens_on, adapters_on, ranks, classes = (torch.tensor(t, dtype=torch.int32, device=device()) for t in tables)
     cos_sin = torch.cat((angle.cos(), angle.sin()), dim=-1).float().to(device())
-    return DecodeResiduals(pages, lens_on, adapters_on, *factors, ranks, classes, cos_sin)
+    b_k = factors[0] if shape.dtype == torch.float32 else factors[0].half()  # what an engine keeps beside bf16
+    return DecodeResiduals(pages, lens_on, adapters_on, b_k, factors[1], ranks, classes, cos_sin)
 
 
 def _random(*size: int, dtype: torch.dtype) -> Tensor:
