@@ -22,7 +22,6 @@ class GroupedConfig:
     """The same; columns are members * g. maxnreg: registers of a thread, at the price of spills, where set."""
 
     block_n: int
-    block_h: int
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
@@ -40,15 +39,13 @@ def decode_config(head_dim: int, group: int, itemsize: int, rank: int) -> Decode
 
 def grouped_config(head_dim: int, num_columns: int, itemsize: int, rank: int, has_k: bool) -> GroupedConfig:
     """num_columns: members times g, padded."""
-    half = power_of_two(head_dim // 2)
     if itemsize == 4:
-        return GroupedConfig(32, min(half, 32), 4, 1)
-    wide = num_columns > 32 or head_dim > 128
+        return GroupedConfig(32, 4, 1)
     if rank == 0 or not has_k:
-        return GroupedConfig(64, half, 8 if num_columns > 64 or head_dim > 128 else 4, 2)
-    if wide:
-        return GroupedConfig(128, half, 8, 2 if head_dim <= 128 else 1)
-    return GroupedConfig(64, half, 4, 2)
+        return GroupedConfig(64, 8 if num_columns > 64 or head_dim > 128 else 4, 2)
+    if num_columns > 32 or head_dim > 128:
+        return GroupedConfig(128, 8, 2 if head_dim <= 128 else 1)
+    return GroupedConfig(64, 4, 2)
 
 
 def power_of_two(number: int) -> int:

@@ -23,7 +23,7 @@ R(y) and the query rotated back are fp16 whatever the KV's dtype: their packed a
 11 bits where bf16 keeps 8. A residual key beyond 65504 would overflow; a base key of that size has no softmax to speak of.
 """
 
-# ruff: noqa: RUF005, SIM102 (Triton compiles a part of Python: no starred tuples; of two ifs one is the compiler's)
+# ruff: noqa: SIM102 (of two ifs one is there for the compiler)
 from __future__ import annotations
 
 from typing import Any
@@ -152,17 +152,13 @@ def grouped_kernel(
     output = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
     if RANK > 0:
         BLOCK_R: tl.constexpr = RANK
-        NUM_F: tl.constexpr = (HEAD_DIM // 2 + BLOCK_H - 1) // BLOCK_H
         first_subgroup = tl.load(entry + 4)
         end_subgroup = tl.load(entry + 5)
         recalled = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
         if HAS_K:
-            cos = ()
-            sin = ()
-            for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
-                c, s = offset_angles(cos_sin_ptr, num_positions, HEAD_DIM, BLOCK_N, BLOCK_H, first_f)
-                cos = cos + (c.to(half),)
-                sin = sin + (s.to(half),)
+            cos, sin = offset_angles(cos_sin_ptr, num_positions, HEAD_DIM, BLOCK_N, BLOCK_H)
+            cos = cos.to(half)
+            sin = sin.to(half)
 
     pages = load_page_ids(base_pages, start + offsets, start + offsets < end, PAGE_SIZE)
     for tile in range(start, end, BLOCK_N):
@@ -182,10 +178,9 @@ def grouped_kernel(
                     k_ptr, subgroups_ptr, first_subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
                     rank_class_ptr, inside, PAGE_SIZE, BLOCK_R,
                 )  # fmt: skip
-                back = ()
-                for first_f in tl.static_range(0, HEAD_DIM // 2, BLOCK_H):
-                    own, crossed = load_query_halves(q_half_ptr, half_rows, is_row, HEAD_DIM, BLOCK_H, first_f)
-                    back = back + (rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H, first_f),)
+                own, crossed = load_query_halves(q_half_ptr, half_rows, is_row, HEAD_DIM, BLOCK_H)
+                back = rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H)
+                b = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H).to(half)
                 for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
                     own_adapter = adapter
                     own_pages = row_pages
@@ -199,14 +194,9 @@ def grouped_kernel(
                         k_ptr, subgroups_ptr, subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
                         rank_class_ptr, inside, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
                     )  # fmt: skip
-                    added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                    for f in tl.static_range(0, NUM_F):
-                        b = load_factor_halves(
-                            b_k_ptr, own_adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H, f * BLOCK_H
-                        )
-                        y = tl.dot(a_k.to(half), b.to(half), input_precision=PRECISION, out_dtype=half)
-                        y = rotated_tile(y, cos[f], sin[f], BLOCK_N, BLOCK_H)
-                        added = tl.dot(y, back[f], added, input_precision=PRECISION)
+                    y = tl.dot(a_k.to(half), b, input_precision=PRECISION, out_dtype=half)
+                    b = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H).to(half)
+                    added = tl.dot(rotated_tile(y, cos, sin, BLOCK_N, BLOCK_H), back, input_precision=PRECISION)
                     if HAS_KEY_SCALE:
                         own_slots = slots_of(own_pages, inside, PAGE_SIZE)
                         norm_column = tl.load(norm_column_ptr + own_adapter)
@@ -321,7 +311,7 @@ def _constants(head_dim: int, group: int, members: int, is_exact: bool, config: 
         "BLOCK_G": _block_g(group, members),
         "BLOCK_N": config.block_n,
         "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_H": config.block_h,
+        "BLOCK_H": triton.next_power_of_2(head_dim // 2),
     }
 
 
