@@ -58,7 +58,8 @@ SHARINGS = (
         "32 adapters on q, v", 32, 0, 12.0, 8, 8,
         (
             (8, 16, 64, 4, 2, None, True), (8, 8, 64, 4, 3, None, True), (8, 4, 64, 4, 3, None, True),
-            (8, 8, 64, 8, 2, None, True), (8, 8, 64, 8, 3, None, True), (8, 12, 64, 4, 1, 168, True), (8, 12, 64, 4, 1, 168, False),
+            (8, 8, 64, 8, 2, None, True), (8, 8, 64, 8, 3, None, True), (8, 12, 64, 4, 1, 168, True),
+            (8, 12, 64, 4, 1, 168, False),
         ),
     ),
     Sharing(

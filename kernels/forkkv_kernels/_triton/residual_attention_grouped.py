@@ -3,25 +3,27 @@
 A program takes one kv head, one split of a group's run and all rows of the group's members, BLOCK_M = members * g of them,
 as columns: S^T = K q^T and O^T = V^T P^T with keys on the long side. For every *adapter* among them (subgroup) and tile it
 builds R(a B_k) once and scores it against all columns; a select keeps those of the subgroup. That wastes products, and still
-costs less than moving a few columns into place. P a_v likewise; B_v comes once, after the last tile.
+costs less than moving a few columns into place. P a_v comes for all subgroups in one product with their residual rows side by
+side (``is_stacked``), where what one adapter's rows make of another's columns is dropped at the end; B_v once, after the last
+tile. One subgroup after the other it would wait for memory each time: 0.26 ms of 0.35 on an H100, as first measured.
 
 Multiply-adds of one kv head and tile of 64 keys at D 128, rank 16, 32 agents of g 4 in groups of 8, adapters all distinct:
 
     base      S^T and O^T      2 * 64*128*128                                  2.1 M, of which nothing is padding
     K         y = a B_k        32 * 64*16*128                                  4.2 M
               R(y) q^T         32 * 64*128*32, 4 of 32 columns are wanted      8.4 M
-    V         P a_v            32 * 64*16*32                                   1.0 M
+    V         P a_v            4 groups * 64*128*32                            1.0 M
     rotation  32 * 64*128 elements, two operations each, in packed halves
 
 The other way to the same scores folds B_k into q (``reference.residual_attention``): a product of cos|sin with g * r = 64
 columns an adapter, 64*128*64 * 32 = 16.8 M, and a weighted sum over r; it grows with agents times rank, this one does not.
 Over 32k keys and 8 kv heads: 129 GFLOP, 0.16 ms at 791 TFLOP/s. Bytes: base pages once, 134 MB, and residuals, 67 MB, from
 memory; from L2 base pages once a group and residuals once a kv head, 1.1 GB. Rows in one group cut the former, and cost
-columns of R(y) q^T: 8 agents of g 4 are the balance where all adapters differ and touch k, more where none touches k.
+columns of R(y) q^T and rows of P a_v: 8 agents of g 4 are the balance where adapters differ, 16 where there are none.
 
-What these products cost is not what limits it. A subgroup and tile take a warp 237 instructions for K (64 of them the rotation)
-and 79 for P a_v, a tile 1,000 more, which at one instruction a clock and scheduler is 0.28 ms for 32 adapters on an H100; so
-addresses, masks and conversions are kept out of the loop over subgroups, and every load in it is made a subgroup or more ahead.
+What these products cost is not what limits it. A subgroup and tile take a warp 256 instructions for K, 64 of them the
+rotation, a tile 1,240 more; at one a clock and scheduler that is 0.23 ms for 32 adapters on an H100. So addresses, masks and
+conversions are kept out of the loop over subgroups, and every load in it is made one subgroup ahead or two.
 
 R(y), the query rotated back and B_k are fp16 whatever the KV's dtype: their packed arithmetic halves the rotation, and fp16
 keeps 11 bits where bf16 keeps 8. y is one product's sum over r in fp16, all sums over keys or D are fp32. A residual key beyond
