@@ -242,22 +242,16 @@ def aot_variants() -> list[AotVariant]:
     """Llama-3.1-8B with and without adapters, Qwen3 (key scales), Qwen2.5-7B (7 rows a kv head) at rank 64."""
     return [
         _variant("bf16", 8, 4, 128, 0),
-        _variant("bf16", 8, 4, 128, 16, max_local_bytes=32),  # spilled before the loop over tiles, read after it
-        _variant("fp16", 8, 4, 128, 16, has_key_scale=True, max_local_bytes=64),
-        _variant("bf16", 4, 7, 128, 64, max_local_bytes=288),
+        _variant("bf16", 8, 4, 128, 16, {80: 80, 90: 32}),  # spilled before the loop over tiles, read after it
+        _variant("fp16", 8, 4, 128, 16, {80: 128, 90: 48}, has_key_scale=True),
+        _variant("bf16", 4, 7, 128, 64, {80: 1600, 90: 112}),
     ]
 
 
 def _variant(
-    dtype: str,
-    num_kv_heads: int,
-    group: int,
-    head_dim: int,
-    rank: int,
-    has_key_scale: bool = False,
-    page_size: int = 16,
-    max_local_bytes: int = 0,
-) -> AotVariant:
+    dtype: str, num_kv_heads: int, group: int, head_dim: int, rank: int, max_local_bytes: int | dict[int, int] = 0,
+    has_key_scale: bool = False, page_size: int = 16,
+) -> AotVariant:  # fmt: skip
     config = decode_config(head_dim, group, 2, rank)
     constants = {
         "NUM_KV_HEADS": num_kv_heads, "PAGE_SIZE": page_size, "RANK": rank, "HAS_KEY_SCALE": has_key_scale,
