@@ -40,7 +40,7 @@ def _place(name: str, dtype: torch.dtype) -> object:
     return pytest.param(Place(name, dtype), id=f"{name}-{str(dtype)[6:]}", marks=[marks[name]] if name in marks else [])
 
 
-HALVES = {"interpreter": (torch.float16,), "gpu": (torch.float16, torch.bfloat16)}
-TRITON_PLACES = [_place(name, dtype) for name, halves in HALVES.items() for dtype in (torch.float32, *halves)]
+HALVES = {"interpreter": torch.float16, "gpu": torch.bfloat16}
+TRITON_PLACES = [_place(name, dtype) for name, half in HALVES.items() for dtype in (torch.float32, half)]
 ALL_PLACES = [_place("reference", torch.float32), *TRITON_PLACES]
 """With the reference, where a test's oracle is independent of it."""

@@ -258,3 +258,25 @@ def test_a_captured_graph_serves_other_adapters_and_ranks() -> None:
     lora_expand_tiles_(wanted, lora_shrink_tiles(x, others, tiles), others, tiles)
     assert torch.equal(out, wanted)
     assert wanted.abs().sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{"pdl": True}, {"block_n": 256, "expand_warps": 8}, {"block_k": 256}], ids=str)
+def test_settings_change_no_more_than_rounding(changes: dict[str, int]) -> None:
+    """A kernel that starts before the one that writes its input ends must wait for it: eight rounds, each from the last one's
+    output."""
+    from forkkv_kernels._triton import lora_tiles as kernels
+
+    place = Place("gpu", torch.bfloat16)
+    case = Case(((16, 16), (9, 16)), ((0, 9), (1, 16), (0, 1)), (2048, 1024), in_size=3072)
+    stacks, tiles = stacks_of(case, place), tiles_of(case, place)
+    results = []
+    for config in (kernels.SHORT, replace(kernels.SHORT, **changes)):
+        out = filled(place, num_rows(case), case.in_size, seed=0)
+        for _ in range(8):
+            shrunk = kernels.lora_shrink_tiles(out, stacks, tiles, config)
+            out = out.clone()
+            kernels.lora_expand_tiles_(out, shrunk, stacks, tiles, config)
+            out /= out.norm() / 1000
+        results.append(out)
+    assert_near(results[1], results[0], place.dtype)
