@@ -239,8 +239,8 @@ def aot_variants() -> list[AotVariant]:
     """Decode and prefill of Llama-3.1-8B at rank 16: q, k and v, and down, whose inner axis is the longest."""
     return [
         _shrink_variant("qkv_decode", 16, 3, 16, SHORT),
-        _shrink_variant("down_prefill", 64, 1, 16, LONG),
         _expand_variant("qkv_decode", 16, 16, 8, SHORT),
+        _shrink_variant("down_prefill", 64, 1, 16, LONG),
         _expand_variant("down_decode", 16, 16, 28, SHORT),
         _expand_variant("qkv_prefill", 64, 64, 1, LONG),
     ]
