@@ -11,6 +11,7 @@ import torch
 from forkkv_kernels.ops.lora_tiles import (
     LoraStacks,
     LoraTiles,
+    lora_expand_tiles,
     lora_expand_tiles_,
     lora_shrink_tiles,
     max_tiles,
@@ -140,6 +141,26 @@ def expanded(case: Case, place: Place, limits: Sequence[int] | None = None) -> t
 def test_expand_adds_each_row_its_adapter_s_product(case: Case, place: Place) -> None:
     found, wanted = expanded(case, place)
     assert_near(found, wanted, place.dtype)
+
+
+@pytest.mark.parametrize("place", ALL_PLACES)
+@pytest.mark.parametrize("limits", [None, [1, 3, 0, 3, 1, 1, 0, 2, 3, 3, 3]], ids=["whole", "first-modules"])
+def test_the_lora_by_itself_is_what_would_be_added(place: Place, limits: list[int] | None) -> None:
+    """0 where nothing would be."""
+    case = CASES["ranks-0-1-8-16-of-qkv"]
+    x, stacks, tiles = filled(place, 9, case.in_size, seed=0), stacks_of(case, place), tiles_of(case, place)
+    table = tile_table([(0, 0, 3), (-1, 3, 4), (2, 4, 8)], 16, 5).to(place.device)
+    tiles = replace(tiles, table=table)
+    if limits is not None:
+        tiles = replace(tiles, limits=torch.tensor(limits, dtype=torch.int32, device=place.device))
+    wanted = torch.zeros(9, sum(case.out_sizes), dtype=place.dtype, device=place.device)
+    with place.entered():
+        shrunk = lora_shrink_tiles(x, stacks, tiles)
+        found = lora_expand_tiles(shrunk, stacks, tiles, 9)
+        lora_expand_tiles_(wanted, shrunk, stacks, tiles)
+    rows = tiles.rows[:8].long()
+    assert torch.equal(found[rows], wanted[rows])
+    assert (wanted[rows[:3]] != 0).any()
 
 
 @pytest.mark.parametrize("place", ALL_PLACES)

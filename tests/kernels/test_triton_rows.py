@@ -18,7 +18,7 @@ from forkkv_kernels.reference import silu_mul as silu_mul_reference
 from forkkv_kernels.reference import store_kv as store_kv_reference
 from torch import Tensor
 
-from tests.kernels.places import TRITON_PLACES, Place
+from tests.kernels.places import ALL_PLACES, TRITON_PLACES, Place
 from tests.kernels.test_rope import table
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -155,3 +155,24 @@ def test_a_row_without_a_slot_is_rotated_and_not_kept(place: Place, slot_dtype: 
         is_kept = torch.arange(len(cache), device=place.device) == 5
         assert cache[~is_kept].isnan().all()
         assert not cache[is_kept].isnan().any()
+
+
+@pytest.mark.parametrize("place", ALL_PLACES)
+def test_each_takes_a_second_summand_of_what_it_reads(place: Place) -> None:
+    """As if the LoRA that a stream of its own computed had been added to the linear's output in place."""
+    wide, added = random(place, 5, 160), random(place, 5, 160, seed=1)
+    both = wide + added
+    hidden, weight = random(place, 5, 160, seed=2), random(place, 160, seed=3)
+    other = hidden.clone()
+    with place.entered():
+        assert torch.equal(silu_mul(wide, added), silu_mul(both))
+        assert torch.equal(add_rms_norm_(hidden, wide, weight, 1e-5, added), add_rms_norm_(other, both, weight, 1e-5))
+        assert torch.equal(hidden, other)
+        slots = torch.tensor([3, -1, 0, 1, 4], device=place.device)
+        cos_sin = table(5, 16).to(place.device)
+        for norms in (None, norms_of(place, 16)):
+            caches = torch.zeros(2, 2, 5, 2, 16, dtype=place.dtype, device=place.device)
+            found = store_kv(wide.view(5, 10, 16), cos_sin, norms, slots, *caches[0], added.view(5, 10, 16))
+            assert torch.equal(found, store_kv(both.view(5, 10, 16), cos_sin, norms, slots, *caches[1]))
+            assert torch.equal(caches[0], caches[1])
+            assert caches[0].any()

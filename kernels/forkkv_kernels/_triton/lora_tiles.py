@@ -17,14 +17,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from forkkv_kernels._triton.aot import AotVariant
 from forkkv_kernels.reference.lora_tiles import LoraStacks, LoraTiles
 
-_SUMMED_AT_ONCE = 8192
-"""Partial sums that a program holds while it adds them up."""
-
-
-@triton.constexpr_function
-def _splits_at_once(num_splits: int, num_sums: int) -> int:
-    return max(1, min(triton.next_power_of_2(num_splits), _SUMMED_AT_ONCE // num_sums))
-
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -56,18 +48,21 @@ def _shrink_kernel(
     R: tl.constexpr, HAS_ONES: tl.constexpr, IS_EVEN: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(2)
+    split, tile = tl.program_id(1), tl.program_id(2)
     adapter = tl.load(tiles_ptr + 3 * tile)
     first = tl.load(tiles_ptr + 3 * tile + 1)
     count = tl.load(tiles_ptr + 3 * tile + 2)
     if PDL:
         gdc_launch_dependents()
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_used = (columns < num_columns) & (adapter >= 0)
-    rank = tl.load(ranks_ptr + adapter * ranks_stride + columns // R, mask=is_used, other=0)
+    if adapter < 0:
+        if PDL:
+            gdc_wait()
+        return
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rank = tl.load(ranks_ptr + adapter * ranks_stride + columns // R, mask=columns < num_columns, other=0)
     is_column = columns % R < rank
     members = tl.arange(0, BLOCK_M)
-    is_member = (members < count) & (adapter >= 0)
+    is_member = members < count
     entries = (first + members).to(tl.int64)
     rows = tl.load(rows_ptr + entries, mask=is_member, other=0).to(tl.int64)
 
@@ -101,40 +96,42 @@ def _shrink_kernel(
             a_ptrs += BLOCK_K
             x_ptrs += BLOCK_K
     if HAS_ONES:
-        ones = tl.load(ones_ptr + adapter * ones_stride + columns // R, mask=is_used, other=-1)
+        ones = tl.load(ones_ptr + adapter * ones_stride + columns // R, mask=is_column, other=-1)
         total += ((columns % R == ones) & (split == 0)).to(tl.float32)[None, :]
     out_ptrs = out_ptr + (split * num_entries + entries)[:, None] * num_columns + columns[None, :]
     tl.store(out_ptrs, total, mask=is_member[:, None] & is_column[None, :])
 
 
 @triton.jit
-def summed(ptrs, mask, split_stride, NUM_SPLITS: tl.constexpr):
-    """The sum over all splits [M, C] of what stands at ``ptrs`` in the first one, always in the same order."""
-    if NUM_SPLITS == 1:
-        return tl.load(ptrs, mask=mask, other=0.0)
-    SPLITS: tl.constexpr = _splits_at_once(NUM_SPLITS, ptrs.numel)
-    splits = tl.arange(0, SPLITS)[:, None, None]
-    total = tl.zeros(ptrs.shape, dtype=tl.float32)
-    for done in tl.static_range(0, NUM_SPLITS, SPLITS):
-        is_read = mask[None, :, :] & (done + splits < NUM_SPLITS)
-        parts = tl.load(ptrs[None, :, :] + (done + splits) * split_stride, mask=is_read, other=0.0)
-        total += tl.sum(parts, axis=0)
-    return total
+def summed(ptrs, is_row, columns, rank, split_stride, NUM_SPLITS: tl.constexpr):
+    """The sum over all splits of what stands at ``ptrs`` [M, C] in the first one, always in the same order; 0 in rows that are
+    not ``is_row`` [M] and where ``columns`` [C] reach ``rank``."""
+    is_column = (columns < rank)[None, :]
+    # Whole vectors of four are read, whatever the rank, and what is beyond it put out afterwards.
+    is_read = is_row[:, None] & (columns // 4 * 4 < rank)[None, :]
+    total = tl.load(ptrs, mask=is_read, other=0.0)
+    for split in tl.static_range(1, NUM_SPLITS):
+        total += tl.load(ptrs + split * split_stride, mask=is_read, other=0.0)
+    return tl.where(is_column, total, 0.0)
 
 
 @triton.jit
 def _expand_kernel(
     out_ptr, out_stride, shrunk_ptr, b_ptr, b_stride, b_row_stride, ranks_ptr, ranks_stride, tiles_ptr, rows_ptr, limits_ptr,
     num_columns, num_entries, size_0, size_1, size_2,
-    NUM_SPLITS: tl.constexpr, R: tl.constexpr, HAS_LIMITS: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, R: tl.constexpr, ADD: tl.constexpr, HAS_LIMITS: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    tile, block = tl.program_id(0), tl.program_id(1)
+    block, tile = tl.program_id(0), tl.program_id(1)
     adapter = tl.load(tiles_ptr + 3 * tile)
     first = tl.load(tiles_ptr + 3 * tile + 1)
     count = tl.load(tiles_ptr + 3 * tile + 2)
     if PDL:
         gdc_launch_dependents()
+    if adapter < 0 and (ADD or count == 0):
+        if PDL:
+            gdc_wait()
+        return
     # Blocks of outputs run through the modules one after the other; none lies across two.
     blocks_0, blocks_1 = tl.cdiv(size_0, BLOCK_N), tl.cdiv(size_1, BLOCK_N)
     module = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
@@ -144,36 +141,37 @@ def _expand_kernel(
 
     rank = tl.load(ranks_ptr + adapter * ranks_stride + module, mask=adapter >= 0, other=0)
     outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_output = outputs < size
+    is_output = (outputs < size)[None, :]
     members = tl.arange(0, BLOCK_M)
-    is_member = (members < count) & (rank > 0)
+    is_row = members < count
     entries = (first + members).to(tl.int64)
-    rows = tl.load(rows_ptr + entries, mask=is_member, other=0).to(tl.int64)
+    rows = tl.load(rows_ptr + entries, mask=is_row, other=0).to(tl.int64)
+    is_member = is_row & (rank > 0)
     if HAS_LIMITS:
-        is_member = is_member & (module < tl.load(limits_ptr + entries, mask=is_member, other=0))
+        is_member = is_member & (module < tl.load(limits_ptr + entries, mask=is_row, other=0))
     columns = tl.arange(0, BLOCK_R)
     shrunk_ptrs = shrunk_ptr + entries[:, None] * num_columns + (module * R + columns)[None, :]
     b_ptrs = b_ptr + adapter.to(tl.int64) * b_stride + columns[:, None].to(tl.int64) * b_row_stride
     b_ptrs += (start + outputs)[None, :]
+    out_ptrs = out_ptr + rows[:, None] * out_stride + (start + outputs)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     split_stride = num_entries.to(tl.int64) * num_columns
     # The first block of B depends on no kernel before this one.
-    b = tl.load(b_ptrs, mask=(columns < rank)[:, None] & is_output[None, :], other=0.0)
+    b = tl.load(b_ptrs, mask=(columns < rank)[:, None] & is_output, other=0.0)
     if PDL:
         gdc_wait()
-    is_summed = is_member[:, None] & (columns < rank)[None, :]
-    shrunk = summed(shrunk_ptrs, is_summed, split_stride, NUM_SPLITS)
+    if ADD:
+        before = tl.load(out_ptrs, mask=is_member[:, None] & is_output, other=0.0)
+    shrunk = summed(shrunk_ptrs, is_member, columns, rank, split_stride, NUM_SPLITS)
     total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=PRECISION)
     for done in tl.static_range(BLOCK_R, R, BLOCK_R):
-        is_rank = done + columns < rank
-        is_summed = is_member[:, None] & is_rank[None, :]
-        shrunk = summed(shrunk_ptrs + done, is_summed, split_stride, NUM_SPLITS)
-        b = tl.load(b_ptrs + done * b_row_stride, mask=is_rank[:, None] & is_output[None, :], other=0.0)
+        shrunk = summed(shrunk_ptrs + done, is_member, done + columns, rank, split_stride, NUM_SPLITS)
+        b = tl.load(b_ptrs + done * b_row_stride, mask=(done + columns < rank)[:, None] & is_output, other=0.0)
         total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=PRECISION)
-    out_ptrs = out_ptr + rows[:, None] * out_stride + (start + outputs)[None, :]
-    is_added = is_member[:, None] & is_output[None, :]
-    added = tl.load(out_ptrs, mask=is_added, other=0.0).to(tl.float32) + total
-    tl.store(out_ptrs, added.to(out_ptr.dtype.element_ty), mask=is_added)
+    if ADD:
+        tl.store(out_ptrs, (before.to(tl.float32) + total).to(before.dtype), mask=is_member[:, None] & is_output)
+    else:
+        tl.store(out_ptrs, total.to(b.dtype), mask=is_row[:, None] & is_output)
 
 
 def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None = None) -> Tensor:
@@ -187,7 +185,7 @@ def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: C
     if len(tiles.table) == 0:
         return out
     ones = stacks.ones
-    _shrink_kernel[len(tiles.table), column_blocks, num_splits](
+    _shrink_kernel[column_blocks, num_splits, len(tiles.table)](
         x, x.stride(0), stacks.a, stacks.a.stride(0), stacks.ranks, stacks.ranks.stride(0),
         ones if ones is not None else stacks.ranks, ones.stride(0) if ones is not None else 0, tiles.table, tiles.rows, out,
         in_size, num_columns, len(tiles.rows), split_size,
@@ -199,17 +197,29 @@ def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: C
 
 
 def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None = None) -> None:
+    _expand(out, shrunk, stacks, tiles, config, add=True)
+
+
+def lora_expand_tiles(
+    shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, num_rows: int, config: Config | None = None
+) -> Tensor:
+    out = stacks.b.new_empty(num_rows, sum(stacks.out_sizes))
+    _expand(out, shrunk, stacks, tiles, config, add=False)
+    return out
+
+
+def _expand(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None, *, add: bool) -> None:
     if len(tiles.table) == 0:
         return
     config = config or _config(tiles)
     num_splits, num_entries, num_modules, rank = shrunk.shape
     sizes = [*stacks.out_sizes, 0, 0][:3]
     limits = tiles.limits
-    _expand_kernel[len(tiles.table), sum(triton.cdiv(size, config.block_n) for size in sizes)](
+    _expand_kernel[sum(triton.cdiv(size, config.block_n) for size in sizes), len(tiles.table)](
         out, out.stride(0), shrunk, stacks.b, stacks.b.stride(0), stacks.b.stride(1), stacks.ranks, stacks.ranks.stride(0),
         tiles.table, tiles.rows, limits if limits is not None else tiles.rows,
         num_modules * rank, num_entries, *sizes,
-        NUM_SPLITS=num_splits, R=rank, HAS_LIMITS=limits is not None, PDL=config.pdl, PRECISION=precision_of(out),
+        NUM_SPLITS=num_splits, R=rank, ADD=add, HAS_LIMITS=limits is not None, PDL=config.pdl, PRECISION=precision_of(out),
         BLOCK_M=tiles.height, BLOCK_N=config.block_n, BLOCK_R=min(rank, 32),
         num_warps=config.expand_warps, num_stages=1, **_launch_options(config),
     )  # fmt: skip
@@ -265,7 +275,7 @@ def _expand_variant(name: str, height: int, rank: int, num_splits: int, config: 
     signature |= dict.fromkeys(("out_stride", "b_stride", "b_row_stride", "num_columns", "num_entries"), "i32:16")
     signature |= {"ranks_stride": "i32", "size_0": "i32:16", "size_1": "i32:16", "size_2": "i32:16"}
     constants = {
-        "NUM_SPLITS": num_splits, "R": rank, "HAS_LIMITS": False, "PDL": False, "PRECISION": "tf32",
+        "NUM_SPLITS": num_splits, "R": rank, "ADD": True, "HAS_LIMITS": False, "PDL": False, "PRECISION": "tf32",
         "BLOCK_M": height, "BLOCK_N": config.block_n, "BLOCK_R": min(rank, 32),
     }  # fmt: skip
     return AotVariant(_expand_kernel, signature, constants, config.expand_warps, 1, f"lora_expand_{name}")

@@ -31,9 +31,16 @@ def _normed(first, second, weight_ptr, places, is_in_half, half, head_dim, eps):
 
 
 @triton.jit
+def _plus(x, added):
+    """The sum in x's dtype."""
+    return (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
 def _store_kv_kernel(
-    qkv_ptr, row_stride, cos_sin_ptr, slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, eps,
-    num_heads, num_kv_heads, head_dim, HAS_NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    qkv_ptr, row_stride, added_ptr, added_stride, cos_sin_ptr, slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
+    q_norm_ptr, k_norm_ptr, eps, num_heads, num_kv_heads, head_dim,
+    HAS_ADDED: tl.constexpr, HAS_NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half = head_dim // 2
@@ -53,6 +60,10 @@ def _store_kv_kernel(
     slot = tl.load(slots_ptr + row).to(tl.int64)
     first = tl.load(source + offsets, mask=inside, other=0.0)
     second = tl.load(source + half + offsets, mask=inside, other=0.0)
+    if HAS_ADDED:
+        added = added_ptr + row * added_stride + start * head_dim
+        first = _plus(first, tl.load(added + offsets, mask=inside, other=0.0))
+        second = _plus(second, tl.load(added + half + offsets, mask=inside, other=0.0))
     kept = inside & (slot >= 0)
     place = slot * num_kv_heads * head_dim
     if is_v:
@@ -78,9 +89,10 @@ def _store_kv_kernel(
 
 
 def store_kv(
-    qkv: Tensor, cos_sin: Tensor, norms: HeadNorms | None, slots: Tensor, key_cache: Tensor, value_cache: Tensor
-) -> Tensor:
-    """As the reference of the same name; rows of qkv may be strided, all else is contiguous."""
+    qkv: Tensor, cos_sin: Tensor, norms: HeadNorms | None, slots: Tensor, key_cache: Tensor, value_cache: Tensor,
+    added: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """As the door of the same name; rows of qkv and added may be strided, all else is contiguous."""
     num_rows, num_all_heads, head_dim = qkv.shape
     num_kv_heads = key_cache.shape[1]
     num_heads = num_all_heads - 2 * num_kv_heads
@@ -88,10 +100,12 @@ def store_kv(
     if num_rows:
         heads, half = _block(max(num_heads, num_kv_heads), head_dim)
         grid = (num_rows, triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads))
+        other = qkv if added is None else added
+        q_norm, k_norm, eps = (qkv, qkv, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
         _store_kv_kernel[grid](
-            qkv, qkv.stride(0), cos_sin, slots, q, key_cache, value_cache,
-            qkv if norms is None else norms.q, qkv if norms is None else norms.k, 0.0 if norms is None else norms.eps,
-            num_heads, num_kv_heads, head_dim, HAS_NORMS=norms is not None, HEADS=heads, HALF=half, num_warps=_NUM_WARPS,
+            qkv, qkv.stride(0), other, other.stride(0), cos_sin, slots, q, key_cache, value_cache, q_norm, k_norm, eps,
+            num_heads, num_kv_heads, head_dim, HAS_ADDED=added is not None, HAS_NORMS=norms is not None,
+            HEADS=heads, HALF=half, num_warps=_NUM_WARPS,
         )  # fmt: skip
     return q
 
@@ -108,10 +122,10 @@ def aot_variants() -> list[AotVariant]:
 
 
 def _variant(dtype: str, has_norms: bool) -> AotVariant:
-    names = ("qkv_ptr", "q_ptr", "k_cache_ptr", "v_cache_ptr", "q_norm_ptr", "k_norm_ptr")
-    signature = dict.fromkeys(names, f"*{dtype}") | {"cos_sin_ptr": "*fp32", "slots_ptr": "*i64", "row_stride": "i32:16"}
-    signature |= {"eps": "fp32", "num_heads": "i32:16", "num_kv_heads": "i32", "head_dim": "i32:16"}
+    names = ("qkv_ptr", "added_ptr", "q_ptr", "k_cache_ptr", "v_cache_ptr", "q_norm_ptr", "k_norm_ptr")
+    signature = dict.fromkeys(names, f"*{dtype}") | {"cos_sin_ptr": "*fp32", "slots_ptr": "*i64", "eps": "fp32"}
+    signature |= dict.fromkeys(("row_stride", "added_stride", "num_heads", "head_dim"), "i32:16") | {"num_kv_heads": "i32"}
     heads, half = _block(32, 128)
-    constants = {"HAS_NORMS": has_norms, "HEADS": heads, "HALF": half}
+    constants = {"HAS_ADDED": True, "HAS_NORMS": has_norms, "HEADS": heads, "HALF": half}
     name = f"store_kv_{dtype}{'_qk_norm' if has_norms else ''}"
     return AotVariant(_store_kv_kernel, signature, constants, _NUM_WARPS, 3, name)

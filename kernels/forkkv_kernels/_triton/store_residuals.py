@@ -42,9 +42,9 @@ def _store_residuals_kernel(
 
     if head == 0:
         columns = tl.arange(0, R)[None, :]
-        a_k = summed(sums_ptr + columns, is_kept & (columns < k_rank), split_stride, NUM_SPLITS)
+        a_k = summed(sums_ptr + columns, slots >= 0, tl.arange(0, R), k_rank, split_stride, NUM_SPLITS)
         tl.store(k_plane_ptr + places + columns, a_k.to(dtype), mask=is_kept & (columns < k_rank))
-        a_v = summed(sums_ptr + R + columns, is_kept & (columns < v_rank), split_stride, NUM_SPLITS)
+        a_v = summed(sums_ptr + R + columns, slots >= 0, tl.arange(0, R), v_rank, split_stride, NUM_SPLITS)
         tl.store(v_plane_ptr + places + columns, a_v.to(dtype), mask=is_kept & (columns < v_rank))
     if HAS_SCALE:
         norm_column = tl.load(norm_columns_ptr + adapter, mask=adapter >= 0, other=-1)
@@ -59,7 +59,7 @@ def _store_residuals_kernel(
         whole = base
         for done in tl.static_range(0, R, BLOCK_R):
             is_rank = (done + ranks < k_rank) & (norm_column >= 0)
-            a_k = summed(sums_ptr + done + ranks[None, :], is_kept & is_rank[None, :], split_stride, NUM_SPLITS)
+            a_k = summed(sums_ptr + done + ranks[None, :], slots >= 0, done + ranks, k_rank, split_stride, NUM_SPLITS)
             b = tl.load(b_ptrs + done * b_row_stride, mask=is_rank[:, None] & (dims < head_dim), other=0.0)
             whole = tl.dot(a_k.to(dtype), b, whole, input_precision=PRECISION)
         norm = tl.rsqrt(tl.sum(whole * whole, axis=1) / head_dim + eps)[:, None]

@@ -18,7 +18,7 @@ from forkkv_kernels.launch import use_triton
 from forkkv_kernels.reference import lora_tiles as reference
 from forkkv_kernels.reference.lora_tiles import LoraStacks, LoraTiles, max_tiles, tile_table
 
-__all__ = ["LoraStacks", "LoraTiles", "lora_expand_tiles_", "lora_shrink_tiles", "max_tiles", "tile_table"]
+__all__ = ["LoraStacks", "LoraTiles", "lora_expand_tiles", "lora_expand_tiles_", "lora_shrink_tiles", "max_tiles", "tile_table"]
 
 _HEIGHTS = (16, 32, 64, 128)
 _MAX_MODULES = 3
@@ -41,19 +41,38 @@ def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> Tensor
 def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> None:
     """out [T, O] += its LoRA in place, rows may be strided; shrunk [S, E, M, R] as the shrink with the same tiles gives it."""
     _check(stacks, tiles, out=out)
-    num_modules, rank = stacks.a.shape[1:3]
-    check_shape("shrunk", shrunk, None, len(tiles.rows), num_modules, rank)
+    _check_expand(shrunk, stacks, tiles)
     check_shape("out", out, None, sum(stacks.out_sizes))
-    check_shape("b", stacks.b, None, rank, sum(stacks.out_sizes))
-    check_rows("b", stacks.b)
-    check_device(out.device, b=stacks.b, shrunk=shrunk)
-    if not shrunk.is_contiguous():
-        raise ValueError(f"shrunk has strides {shrunk.stride()}: hand it over as the shrink gave it")
     if not use_triton(out):
         return reference.lora_expand_tiles_(out, shrunk, stacks, tiles)
     from forkkv_kernels._triton import lora_tiles as kernels
 
     return kernels.lora_expand_tiles_(out, shrunk, stacks, tiles)
+
+
+def lora_expand_tiles(shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, num_rows: int) -> Tensor:
+    """The LoRA by itself, [num_rows, O]: 0 in rows of tiles without an adapter, unwritten in rows of no tile.
+
+    It depends on nothing that the linear computes, so both ops can run beside it on a stream of their own; ``add_rms_norm_``,
+    ``silu_mul`` and ``store_kv`` take it as a second summand.
+    """
+    _check(stacks, tiles, b=stacks.b[0])
+    _check_expand(shrunk, stacks, tiles)
+    if not use_triton(stacks.b):
+        return reference.lora_expand_tiles(shrunk, stacks, tiles, num_rows)
+    from forkkv_kernels._triton import lora_tiles as kernels
+
+    return kernels.lora_expand_tiles(shrunk, stacks, tiles, num_rows)
+
+
+def _check_expand(shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> None:
+    num_modules, rank = stacks.a.shape[1:3]
+    check_shape("shrunk", shrunk, None, len(tiles.rows), num_modules, rank)
+    check_shape("b", stacks.b, None, rank, sum(stacks.out_sizes))
+    check_rows("b", stacks.b)
+    check_device(stacks.b.device, shrunk=shrunk)
+    if not shrunk.is_contiguous():
+        raise ValueError(f"shrunk has strides {shrunk.stride()}: hand it over as the shrink gave it")
 
 
 def _check(stacks: LoraStacks, tiles: LoraTiles, **rows: Tensor) -> None:
@@ -71,8 +90,15 @@ def _check(stacks: LoraStacks, tiles: LoraTiles, **rows: Tensor) -> None:
         check_shape("limits", tiles.limits, len(tiles.rows))
         check_dtype("limits", tiles.limits, torch.int32)
     check_device(
-        tensor.device, a=stacks.a, ranks=stacks.ranks, ones=stacks.ones, table=tiles.table, rows=tiles.rows, limits=tiles.limits
-    )
+        tensor.device,
+        a=stacks.a,
+        b=stacks.b,
+        ranks=stacks.ranks,
+        ones=stacks.ones,
+        table=tiles.table,
+        rows=tiles.rows,
+        limits=tiles.limits,
+    )  # fmt: skip
     if tiles.height not in _HEIGHTS:
         raise ValueError(f"height is {tiles.height}, not one of {_HEIGHTS}")
     if rank < 16 or rank & (rank - 1):

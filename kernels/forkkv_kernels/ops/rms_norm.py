@@ -25,12 +25,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return kernels.add_rms_norm_(_rows(x), None, weight, eps)
 
 
-def add_rms_norm_(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """hidden [T, H] contiguous += delta [T, H] in place, then its norm [T, H]; None adds nothing."""
+def add_rms_norm_(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
+    """hidden [T, H] contiguous += delta [T, H] in place, then its norm [T, H]; None adds nothing.
+
+    added [T, H], only beside a delta: what is to be added to delta first, such as the LoRA of the linear that gave it.
+    """
     if use_triton(hidden):
         from forkkv_kernels._triton import rms_norm as kernels
 
-        return kernels.add_rms_norm_(hidden, _rows(delta) if delta is not None else None, weight, eps)
+        delta, added = (_rows(x) if x is not None else None for x in (delta, added))
+        return kernels.add_rms_norm_(hidden, delta, weight, eps, added)
+    if delta is not None and added is not None:
+        delta = delta + added
     functions = functions_for(hidden)
     if functions is None:
         return reference.add_rms_norm_(hidden, delta, weight, eps)

@@ -15,12 +15,18 @@ from forkkv_kernels.reference import silu_mul as reference
 __all__ = ["silu_mul"]
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up [T, 2 I], gate in the first half of a row, up in the second -> [T, I] contiguous."""
+def silu_mul(gate_up: Tensor, added: Tensor | None = None) -> Tensor:
+    """gate_up [T, 2 I], gate in the first half of a row, up in the second -> [T, I] contiguous.
+
+    added [T, 2 I]: what is to be added to gate_up first, such as the LoRA of the linear that gave it.
+    """
     if use_triton(gate_up):
         from forkkv_kernels._triton import silu_mul as kernels
 
-        return kernels.silu_mul(gate_up if gate_up.stride(1) == 1 else gate_up.contiguous())
+        gate_up, added = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (gate_up, added))
+        return kernels.silu_mul(gate_up, added)
+    if added is not None:
+        gate_up = gate_up + added
     functions = functions_for(gate_up)
     if functions is None:
         return reference.silu_mul(gate_up)

@@ -23,14 +23,20 @@ _MAX_HEAD_DIM = 512
 
 
 def store_kv(
-    qkv: Tensor, cos_sin: Tensor, norms: HeadNorms | None, slots: Tensor, key_cache: Tensor, value_cache: Tensor
-) -> Tensor:
+    qkv: Tensor, cos_sin: Tensor, norms: HeadNorms | None, slots: Tensor, key_cache: Tensor, value_cache: Tensor,
+    added: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """qkv [T, Hq + 2 Hkv, D] contiguous, cos_sin [T, D] fp32, slots [T] int64 (-1: not kept), caches [slots, Hkv, D]
-    contiguous -> q [T, Hq, D] rotated, contiguous."""
+    contiguous -> q [T, Hq, D] rotated, contiguous.
+
+    added, shaped as qkv, contiguous: what is to be added to qkv first, such as the LoRA of the linear that gave it.
+    """
     if use_triton(qkv):
         from forkkv_kernels._triton import store_kv as kernels
 
-        return kernels.store_kv(qkv, cos_sin, norms, slots, key_cache, value_cache)
+        return kernels.store_kv(qkv, cos_sin, norms, slots, key_cache, value_cache, added)
+    if added is not None:
+        qkv = qkv + added
     functions = functions_for(qkv)
     num_rows, num_all_heads, head_dim = qkv.shape
     if functions is None or head_dim > _MAX_HEAD_DIM:
