@@ -16,6 +16,9 @@ from forkkv_kernels._triton import lora_tiles as kernels
 from forkkv_kernels._triton.lora_tiles import LONG, SHORT, Config
 from forkkv_kernels.launch import interpreted
 from forkkv_kernels.ops.lora_tiles import LoraStacks, LoraTiles, lora_shrink_tiles, max_tiles, tile_table
+from forkkv_kernels.ops.rms_norm import add_rms_norm_
+from forkkv_kernels.ops.silu_mul import silu_mul
+from forkkv_kernels.ops.store_kv import store_kv
 from forkkv_kernels.ops.store_residuals import ResidualTables, store_residuals
 from harness import Call, copy_tb_per_s, device, floor_ms, is_tiny, row, time_ms
 from torch import Tensor
@@ -52,6 +55,8 @@ def bench(quick: bool) -> Iterator[dict[str, Any]]:
         layers = [_layer(groups) for _ in range(1 if is_tiny() else NUM_LAYERS)]
         rate = copy_tb_per_s(quick)
         yield from _decode_rows(groups, layers, rate, quick)
+        if not is_tiny():
+            yield from _layer_rows(layers, quick)
         yield from _single_rows(groups, layers, rate, quick)
         yield from _residual_rows(groups, layers, quick)
         yield from _prefill_rows(groups, layers, quick)
@@ -77,7 +82,7 @@ def _decode_rows(groups: tuple[Group, ...], layers: list[Layer], rate: float, qu
     if side is not None:
         steps += [
             ("shrink beside the product", lambda layer: _shrink_aside(layer, inputs, active, SHORT, side), TARGET),
-            ("both beside, into a sum apart", lambda layer: _both_aside(layer, inputs, active, SHORT, side), None),
+            ("both beside, added later", lambda layer: _both_aside(layer, inputs, active, SHORT, side), TARGET),
             ("dependent launch", serial(replace(SHORT, pdl=True)), None),
         ]
     for name, step, target in steps:
@@ -96,8 +101,9 @@ def _tuning_rows(groups: tuple[Group, ...], layers: list[Layer], quick: bool) ->
         "64 outputs, 2 warps": replace(SHORT, block_n=64, expand_warps=2),
         "256 inner": replace(SHORT, block_k=256),
         "1024 inner": replace(SHORT, block_k=1024),
-        "shrink in 8 warps": replace(SHORT, shrink_warps=8),
+        "shrink in 2 warps": replace(SHORT, shrink_warps=2),
         "dependent launch, 256 outputs": replace(wide, pdl=True),
+        "512 outputs, 8 warps": replace(SHORT, block_n=512, expand_warps=8),
     }
     baseline = _time(layers, lambda layer: _plain(layer, inputs), quick)
     for name, config in settings.items():
@@ -185,16 +191,85 @@ def _shrink_aside(layer: Layer, inputs: dict[str, Tensor], tiles: LoraTiles, con
 
 
 def _both_aside(layer: Layer, inputs: dict[str, Tensor], tiles: LoraTiles, config: Config, side: torch.cuda.Stream) -> None:
-    """As if what comes next added up two tensors: a bound on what that could gain."""
+    """Without the sum, which what comes next computes: ``_layer_rows`` has it."""
     for name, (weight, stacks) in layer.items():
+        _linear_and_lora(inputs[name], weight, stacks, tiles, config, side)
+
+
+def _linear_and_lora(
+    x: Tensor, weight: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config, side: torch.cuda.Stream
+) -> tuple[Tensor, Tensor]:
+    """Both summands, computed at once."""
+    main = torch.cuda.current_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        shrunk = kernels.lora_shrink_tiles(x, stacks, tiles, config)
+        added = kernels.lora_expand_tiles(shrunk, stacks, tiles, len(x), config)
+    out = functional.linear(x, weight)
+    main.wait_stream(side)
+    return out, added
+
+
+Linear = Callable[[Tensor, tuple[Tensor, LoraStacks]], tuple[Tensor, Tensor | None]]
+"""x and a group's weights -> output and, where it is still to be added, the LoRA."""
+
+
+def _layer_rows(layers: list[Layer], quick: bool) -> Iterator[dict[str, Any]]:
+    """A decode step's layer but for its attention, LoRA in place or added by the norm, activation and KV store."""
+    batch, tiles, side = 32, _tiles(32, NUM_ADAPTERS), torch.cuda.Stream(priority=-1)
+    state = _LayerState(batch)
+
+    def plain(x: Tensor, group: tuple[Tensor, LoraStacks]) -> tuple[Tensor, None]:
+        return functional.linear(x, group[0]), None
+
+    def in_place(x: Tensor, group: tuple[Tensor, LoraStacks]) -> tuple[Tensor, None]:
+        out = functional.linear(x, group[0])
+        kernels.lora_expand_tiles_(out, kernels.lora_shrink_tiles(x, group[1], tiles), group[1], tiles)
+        return out, None
+
+    def apart(x: Tensor, group: tuple[Tensor, LoraStacks]) -> tuple[Tensor, Tensor]:
+        return _linear_and_lora(x, *group, tiles, SHORT, side)
+
+    def shrink_aside(x: Tensor, group: tuple[Tensor, LoraStacks]) -> tuple[Tensor, None]:
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            shrunk = kernels.lora_shrink_tiles(inputs[name], stacks, tiles, config)
-            apart = torch.empty(len(inputs[name]), weight.shape[0], dtype=weight.dtype, device=weight.device)
-            kernels.lora_expand_tiles_(apart, shrunk, stacks, tiles, config)
-        functional.linear(inputs[name], weight)
+            shrunk = kernels.lora_shrink_tiles(x, group[1], tiles)
+        out = functional.linear(x, group[0])
         main.wait_stream(side)
+        kernels.lora_expand_tiles_(out, shrunk, group[1], tiles)
+        return out, None
+
+    baseline = _time(layers, lambda layer: state.run(layer, plain), quick)
+    ways: list[tuple[str, Linear]] = [("in place", in_place), ("shrink beside", shrink_aside), ("beside, added later", apart)]
+    for name, linear in ways:
+        ms = _time(layers, lambda layer, linear=linear: state.run(layer, linear), quick)
+        yield row(f"decode layer without attention: {name}", ms, baseline_ms=baseline, target=TARGET, note=f"batch {batch}")
+
+
+class _LayerState:
+    """What a layer of Llama-3.1-8B reads and writes besides its weights."""
+
+    def __init__(self, batch: int) -> None:
+        self.hidden = _random(batch, 4096)
+        self.norm = _random(4096)
+        angles = torch.rand(batch, 64, device=device())
+        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        self.slots = torch.arange(batch, device=device())
+        self.caches = torch.zeros(2, batch, 8, 128, dtype=_dtype(), device=device())
+
+    def run(self, layer: Layer, linear: Linear) -> None:
+        x = add_rms_norm_(self.hidden, None, self.norm, 1e-5)
+        qkv, added = linear(x, layer["qkv"])
+        heads = (len(x), 48, 128)
+        q = store_kv(
+            qkv.view(heads), self.cos_sin, None, self.slots, *self.caches, added.view(heads) if added is not None else None
+        )
+        out, added = linear(q.flatten(1), layer["o"])
+        x = add_rms_norm_(self.hidden, out, self.norm, 1e-5, added)
+        gate_up, added = linear(x, layer["gate_up"])
+        down, added = linear(silu_mul(gate_up, added), layer["down"])
+        add_rms_norm_(self.hidden, down, self.norm, 1e-5, added)
 
 
 def _time(layers: list[Layer], step: Step, quick: bool) -> float:
@@ -202,7 +277,11 @@ def _time(layers: list[Layer], step: Step, quick: bool) -> float:
 
 
 def _layer(groups: tuple[Group, ...]) -> Layer:
-    return {group.name: (_random(sum(group.out_sizes), group.in_size), _stacks(group)) for group in groups}
+    return {group.name: (_weight(group), _stacks(group)) for group in groups}
+
+
+def _weight(group: Group) -> Tensor:
+    return _random(sum(group.out_sizes), group.in_size).mul_(group.in_size**-0.5)
 
 
 def _stacks(group: Group) -> LoraStacks:
