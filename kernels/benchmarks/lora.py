@@ -57,11 +57,11 @@ def bench(quick: bool) -> Iterator[dict[str, Any]]:
         yield from _decode_rows(groups, layers, rate, quick)
         if not is_tiny():
             yield from _layer_rows(layers, quick)
+            if not quick:
+                yield from _tuning_rows(groups, layers, quick)
         yield from _single_rows(groups, layers, rate, quick)
         yield from _residual_rows(groups, layers, quick)
         yield from _prefill_rows(groups, layers, quick)
-        if not quick:
-            yield from _tuning_rows(groups, layers, quick)
 
 
 def _decode_rows(groups: tuple[Group, ...], layers: list[Layer], rate: float, quick: bool) -> Iterator[dict[str, Any]]:
@@ -94,16 +94,13 @@ def _decode_rows(groups: tuple[Group, ...], layers: list[Layer], rate: float, qu
 def _tuning_rows(groups: tuple[Group, ...], layers: list[Layer], quick: bool) -> Iterator[dict[str, Any]]:
     """Other settings than the committed ones, for a decode step."""
     inputs, tiles = {group.name: _random(32, group.in_size) for group in groups}, _tiles(32, NUM_ADAPTERS)
-    wide = replace(SHORT, block_n=256)
     settings = {
-        "256 outputs": wide,
-        "256 outputs, 8 warps": replace(wide, expand_warps=8),
-        "64 outputs, 2 warps": replace(SHORT, block_n=64, expand_warps=2),
+        "128 outputs": replace(SHORT, block_n=128),
+        "512 outputs": replace(SHORT, block_n=512),
         "256 inner": replace(SHORT, block_k=256),
-        "1024 inner": replace(SHORT, block_k=1024),
+        "expand in 8 warps": replace(SHORT, expand_warps=8),
         "shrink in 2 warps": replace(SHORT, shrink_warps=2),
-        "dependent launch, 256 outputs": replace(wide, pdl=True),
-        "512 outputs, 8 warps": replace(SHORT, block_n=512, expand_warps=8),
+        "1024 inner": replace(SHORT, block_k=1024),
     }
     baseline = _time(layers, lambda layer: _plain(layer, inputs), quick)
     for name, config in settings.items():
@@ -138,11 +135,10 @@ def _prefill_rows(groups: tuple[Group, ...], layers: list[Layer], quick: bool) -
     )
     inputs = {group.name: _random(num_rows, group.in_size) for group in groups}
     baseline = _time(layers, lambda layer: _plain(layer, inputs), quick)
-    for name, config in (
-        ("", LONG),
-        (", 8 warps", replace(LONG, expand_warps=8)),
-        (", 64 inner to 128", replace(LONG, block_k=128)),
-    ):
+    settings = {"": LONG}
+    if not quick:
+        settings |= {", expand in 8 warps": replace(LONG, expand_warps=8), ", 128 inner": replace(LONG, block_k=128)}
+    for name, config in settings.items():
         ms = _time(layers, lambda layer, config=config: _serial(layer, inputs, tiles, config), quick)
         yield row(f"prefill linears{name}", ms, baseline_ms=baseline, note=f"one layer, {num_rows} rows of one adapter")
 
@@ -204,7 +200,8 @@ def _linear_and_lora(
     side.wait_stream(main)
     with torch.cuda.stream(side):
         shrunk = kernels.lora_shrink_tiles(x, stacks, tiles, config)
-        added = kernels.lora_expand_tiles(shrunk, stacks, tiles, len(x), config)
+        added = x.new_zeros(len(x), weight.shape[0])
+        kernels.lora_expand_tiles_(added, shrunk, stacks, tiles, config)
     out = functional.linear(x, weight)
     main.wait_stream(side)
     return out, added

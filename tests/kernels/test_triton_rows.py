@@ -18,7 +18,7 @@ from forkkv_kernels.reference import silu_mul as silu_mul_reference
 from forkkv_kernels.reference import store_kv as store_kv_reference
 from torch import Tensor
 
-from tests.kernels.places import ALL_PLACES, TRITON_PLACES, Place
+from tests.kernels.places import REFERENCE, ROW_PLACES, Place
 from tests.kernels.test_rope import table
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -34,7 +34,7 @@ def assert_same(found: Tensor, wanted: Tensor, atol: float | None = None) -> Non
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=min(1e-5, rtol) if atol is None else atol)
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 @pytest.mark.parametrize("has_delta", [False, True], ids=["norm", "add"])
 @pytest.mark.parametrize("num_rows", [0, 1, 3])
 @pytest.mark.parametrize("width", [1, 15, 770])
@@ -55,7 +55,7 @@ def test_many_rows_have_launch_settings_of_their_own() -> None:
     assert_same(rms_norm(hidden, weight, 1e-5), rms_norm_reference.rms_norm(hidden, weight, 1e-5))
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 def test_rows_of_the_norm_and_of_what_is_added_may_be_strided(place: Place) -> None:
     wide, weight = random(place, 5, 80), random(place, 40, seed=1)
     hidden = random(place, 5, 40, seed=2)
@@ -67,14 +67,14 @@ def test_rows_of_the_norm_and_of_what_is_added_may_be_strided(place: Place) -> N
     assert torch.equal(hidden, wanted)
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 def test_eps_keeps_the_norm_of_a_zero_row_finite(place: Place) -> None:
     zeros = torch.zeros(2, 20, dtype=place.dtype, device=place.device)
     with place.entered():
         assert torch.equal(add_rms_norm_(zeros.clone(), None, torch.ones_like(zeros[0]), 1e-6), zeros)
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 @pytest.mark.parametrize("num_rows", [0, 1, 3])
 @pytest.mark.parametrize("width", [1, 15, 64, 3000])
 def test_silu_times_up(place: Place, width: int, num_rows: int) -> None:
@@ -83,7 +83,7 @@ def test_silu_times_up(place: Place, width: int, num_rows: int) -> None:
         assert_same(silu_mul(gate_up), silu_mul_reference.silu_mul(gate_up))
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 def test_silu_far_out_is_zero_on_one_side_and_the_gate_on_the_other(place: Place) -> None:
     gate = torch.tensor([-3e4, -200.0, -88.0, 88.0, 200.0, 3e4, math.inf], dtype=place.dtype, device=place.device)
     with place.entered():
@@ -91,7 +91,7 @@ def test_silu_far_out_is_zero_on_one_side_and_the_gate_on_the_other(place: Place
     torch.testing.assert_close(found, torch.cat((torch.zeros_like(gate[:3]), gate[3:])))
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 def test_gate_and_up_are_read_through_their_strides(place: Place) -> None:
     wide = random(place, 8, 80)
     with place.entered():
@@ -99,7 +99,7 @@ def test_gate_and_up_are_read_through_their_strides(place: Place) -> None:
         assert_same(silu_mul(wide.t()), silu_mul_reference.silu_mul(wide.t()))
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 def test_a_row_that_is_not_a_number_spoils_no_other(place: Place) -> None:
     sound = random(place, 9, 40)
     spoilt = sound.clone()
@@ -131,7 +131,7 @@ def norms_of(place: Place, head_dim: int) -> HeadNorms:
     return HeadNorms(random(place, head_dim, seed=1), random(place, head_dim, seed=2), 1e-6)
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 @pytest.mark.parametrize("has_norms", [False, True], ids=["plain", "qk-norm"])
 @pytest.mark.parametrize(
     ("num_rows", "heads", "head_dim"),
@@ -150,7 +150,7 @@ def test_store_kv(place: Place, num_rows: int, heads: tuple[int, int], head_dim:
     assert found[0].is_contiguous()
 
 
-@pytest.mark.parametrize("place", TRITON_PLACES)
+@pytest.mark.parametrize("place", ROW_PLACES)
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
 def test_a_row_without_a_slot_is_rotated_and_not_kept(place: Place, slot_dtype: torch.dtype) -> None:
     slots = torch.tensor([-1, 5, -1], dtype=slot_dtype, device=place.device)
@@ -162,7 +162,7 @@ def test_a_row_without_a_slot_is_rotated_and_not_kept(place: Place, slot_dtype: 
         assert not cache[is_kept].isnan().any()
 
 
-@pytest.mark.parametrize("place", ALL_PLACES)
+@pytest.mark.parametrize("place", [REFERENCE, *ROW_PLACES])
 def test_each_takes_a_second_summand_of_what_it_reads(place: Place) -> None:
     """As if the LoRA that a stream of its own computed had been added to the linear's output in place."""
     wide, added = random(place, 5, 160), random(place, 5, 160, seed=1)

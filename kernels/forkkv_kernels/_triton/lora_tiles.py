@@ -36,7 +36,7 @@ class Config:
     pdl: bool = False
 
 
-SHORT = Config(block_c=16, block_k=512, block_n=128, max_programs=1 << 14)
+SHORT = Config(block_c=16, block_k=512, block_n=256, max_programs=1 << 14)
 """For tiles of 16 rows, as in decode: each program of the shrink reads one block of A and is done."""
 LONG = Config(block_c=64, block_k=64, block_n=128, max_programs=256)
 
@@ -119,7 +119,7 @@ def summed(ptrs, is_row, columns, rank, split_stride, NUM_SPLITS: tl.constexpr):
 def _expand_kernel(
     out_ptr, out_stride, shrunk_ptr, b_ptr, b_stride, b_row_stride, ranks_ptr, ranks_stride, tiles_ptr, rows_ptr, limits_ptr,
     num_columns, num_entries, size_0, size_1, size_2,
-    NUM_SPLITS: tl.constexpr, R: tl.constexpr, ADD: tl.constexpr, HAS_LIMITS: tl.constexpr, PDL: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, R: tl.constexpr, HAS_LIMITS: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
@@ -128,7 +128,7 @@ def _expand_kernel(
     count = tl.load(tiles_ptr + 3 * tile + 2)
     if PDL:
         gdc_launch_dependents()
-    if adapter < 0 and (ADD or count == 0):
+    if adapter < 0:
         if PDL:
             gdc_wait()
         return
@@ -139,16 +139,16 @@ def _expand_kernel(
     start = tl.where(module == 0, 0, tl.where(module == 1, size_0, size_0 + size_1))
     block -= tl.where(module == 0, 0, tl.where(module == 1, blocks_0, blocks_0 + blocks_1))
 
-    rank = tl.load(ranks_ptr + adapter * ranks_stride + module, mask=adapter >= 0, other=0)
+    rank = tl.load(ranks_ptr + adapter * ranks_stride + module)
     outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = (outputs < size)[None, :]
     members = tl.arange(0, BLOCK_M)
-    is_row = members < count
+    is_member = members < count
     entries = (first + members).to(tl.int64)
-    rows = tl.load(rows_ptr + entries, mask=is_row, other=0).to(tl.int64)
-    is_member = is_row & (rank > 0)
+    rows = tl.load(rows_ptr + entries, mask=is_member, other=0).to(tl.int64)
+    is_member = is_member & (rank > 0)
     if HAS_LIMITS:
-        is_member = is_member & (module < tl.load(limits_ptr + entries, mask=is_row, other=0))
+        is_member = is_member & (module < tl.load(limits_ptr + entries, mask=is_member, other=0))
     columns = tl.arange(0, BLOCK_R)
     shrunk_ptrs = shrunk_ptr + entries[:, None] * num_columns + (module * R + columns)[None, :]
     b_ptrs = b_ptr + adapter.to(tl.int64) * b_stride + columns[:, None].to(tl.int64) * b_row_stride
@@ -160,18 +160,15 @@ def _expand_kernel(
     b = tl.load(b_ptrs, mask=(columns < rank)[:, None] & is_output, other=0.0)
     if PDL:
         gdc_wait()
-    if ADD:
-        before = tl.load(out_ptrs, mask=is_member[:, None] & is_output, other=0.0)
+    is_added = is_member[:, None] & is_output
+    before = tl.load(out_ptrs, mask=is_added, other=0.0)
     shrunk = summed(shrunk_ptrs, is_member, columns, rank, split_stride, NUM_SPLITS)
     total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=PRECISION)
     for done in tl.static_range(BLOCK_R, R, BLOCK_R):
         shrunk = summed(shrunk_ptrs + done, is_member, done + columns, rank, split_stride, NUM_SPLITS)
         b = tl.load(b_ptrs + done * b_row_stride, mask=(done + columns < rank)[:, None] & is_output, other=0.0)
         total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=PRECISION)
-    if ADD:
-        tl.store(out_ptrs, (before.to(tl.float32) + total).to(before.dtype), mask=is_member[:, None] & is_output)
-    else:
-        tl.store(out_ptrs, total.to(b.dtype), mask=is_row[:, None] & is_output)
+    tl.store(out_ptrs, (before.to(tl.float32) + total).to(before.dtype), mask=is_added)
 
 
 def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None = None) -> Tensor:
@@ -197,18 +194,6 @@ def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: C
 
 
 def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None = None) -> None:
-    _expand(out, shrunk, stacks, tiles, config, add=True)
-
-
-def lora_expand_tiles(
-    shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, num_rows: int, config: Config | None = None
-) -> Tensor:
-    out = stacks.b.new_empty(num_rows, sum(stacks.out_sizes))
-    _expand(out, shrunk, stacks, tiles, config, add=False)
-    return out
-
-
-def _expand(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None, *, add: bool) -> None:
     if len(tiles.table) == 0:
         return
     config = config or _config(tiles)
@@ -219,7 +204,7 @@ def _expand(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, c
         out, out.stride(0), shrunk, stacks.b, stacks.b.stride(0), stacks.b.stride(1), stacks.ranks, stacks.ranks.stride(0),
         tiles.table, tiles.rows, limits if limits is not None else tiles.rows,
         num_modules * rank, num_entries, *sizes,
-        NUM_SPLITS=num_splits, R=rank, ADD=add, HAS_LIMITS=limits is not None, PDL=config.pdl, PRECISION=precision_of(out),
+        NUM_SPLITS=num_splits, R=rank, HAS_LIMITS=limits is not None, PDL=config.pdl, PRECISION=precision_of(out),
         BLOCK_M=tiles.height, BLOCK_N=config.block_n, BLOCK_R=min(rank, 32),
         num_warps=config.expand_warps, num_stages=1, **_launch_options(config),
     )  # fmt: skip
@@ -275,7 +260,7 @@ def _expand_variant(name: str, height: int, rank: int, num_splits: int, config: 
     signature |= dict.fromkeys(("out_stride", "b_stride", "b_row_stride", "num_columns", "num_entries"), "i32:16")
     signature |= {"ranks_stride": "i32", "size_0": "i32:16", "size_1": "i32:16", "size_2": "i32:16"}
     constants = {
-        "NUM_SPLITS": num_splits, "R": rank, "ADD": True, "HAS_LIMITS": False, "PDL": False, "PRECISION": "tf32",
+        "NUM_SPLITS": num_splits, "R": rank, "HAS_LIMITS": False, "PDL": False, "PRECISION": "tf32",
         "BLOCK_M": height, "BLOCK_N": config.block_n, "BLOCK_R": min(rank, 32),
     }  # fmt: skip
     return AotVariant(_expand_kernel, signature, constants, config.expand_warps, 1, f"lora_expand_{name}")

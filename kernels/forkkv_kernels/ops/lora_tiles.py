@@ -51,18 +51,14 @@ def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: L
 
 
 def lora_expand_tiles(shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, num_rows: int) -> Tensor:
-    """The LoRA by itself, [num_rows, O]: 0 in rows of tiles without an adapter, unwritten in rows of no tile.
+    """The LoRA by itself, [num_rows, O], 0 where there is none.
 
-    It depends on nothing that the linear computes, so both ops can run beside it on a stream of their own; ``add_rms_norm_``,
-    ``silu_mul`` and ``store_kv`` take it as a second summand.
+    It needs nothing that the linear computes, so shrink and expand can run beside the linear on a stream of their own;
+    ``add_rms_norm_``, ``silu_mul`` and ``store_kv`` take it as a second summand.
     """
-    _check(stacks, tiles, b=stacks.b[0])
-    _check_expand(shrunk, stacks, tiles)
-    if not use_triton(stacks.b):
-        return reference.lora_expand_tiles(shrunk, stacks, tiles, num_rows)
-    from forkkv_kernels._triton import lora_tiles as kernels
-
-    return kernels.lora_expand_tiles(shrunk, stacks, tiles, num_rows)
+    out = stacks.b.new_zeros(num_rows, sum(stacks.out_sizes))
+    lora_expand_tiles_(out, shrunk, stacks, tiles)
+    return out
 
 
 def _check_expand(shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> None:

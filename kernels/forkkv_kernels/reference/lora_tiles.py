@@ -104,14 +104,5 @@ def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: L
             start += size
 
 
-def lora_expand_tiles(shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, num_rows: int) -> Tensor:
-    """The LoRA by itself, [T, O] in b's dtype: 0 in rows of a tile without an adapter, garbage (NaN) in rows of no tile."""
-    out = stacks.b.new_full((num_rows, sum(stacks.out_sizes)), torch.nan)
-    for _, first, count in tiles.table.tolist():
-        out[tiles.rows[first : first + count].long()] = 0
-    lora_expand_tiles_(out, shrunk, stacks, tiles)
-    return out
-
-
 def _used(tiles: LoraTiles) -> list[tuple[int, int, int]]:
     return [(adapter, first, count) for adapter, first, count in tiles.table.tolist() if adapter >= 0]
