@@ -40,9 +40,7 @@ def _place(name: str, dtype: torch.dtype) -> object:
     return pytest.param(Place(name, dtype), id=f"{name}-{str(dtype)[6:]}", marks=[marks[name]] if name in marks else [])
 
 
-REFERENCE = _place("reference", torch.float32)
-"""Where a test's oracle is independent of the reference."""
-_INTERPRETER = [_place("interpreter", dtype) for dtype in (torch.float32, torch.float16)]
-ROW_PLACES = [*_INTERPRETER, _place("gpu", torch.float32), _place("gpu", torch.bfloat16)]
-DOT_PLACES = [*_INTERPRETER, _place("gpu", torch.bfloat16)]
-"""For ops with matrix products, which take seconds to compile in fp32."""
+HALVES = {"interpreter": torch.float16, "gpu": torch.bfloat16}
+TRITON_PLACES = [_place(name, dtype) for name, half in HALVES.items() for dtype in (torch.float32, half)]
+ALL_PLACES = [_place("reference", torch.float32), *TRITON_PLACES]
+"""With the reference, where a test's oracle is independent of it."""

@@ -19,7 +19,8 @@ from forkkv_kernels.ops.lora_tiles import (
 )
 from torch import Tensor
 
-from tests.kernels.places import DOT_PLACES, REFERENCE, Place
+from tests.kernels.place_sets import DOT_PLACES, REFERENCE
+from tests.kernels.places import Place
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of the norm of what is compared; tf32 would be at 3e-4, far beyond what fp32 may have."""

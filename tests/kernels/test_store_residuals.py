@@ -12,7 +12,8 @@ from forkkv_kernels.ops.store_residuals import KeyScaleTables, ResidualTables, s
 from forkkv_kernels.reference.qk_norm import inverse_rms, key_scale
 from torch import Tensor
 
-from tests.kernels.places import DOT_PLACES, REFERENCE, Place
+from tests.kernels.place_sets import DOT_PLACES, REFERENCE
+from tests.kernels.places import Place
 
 RANKS = [[8, 3], [0, 16], [16, 0], [1, 1], [8, 8]]
 WIDTHS = [8, 16, 16, 8, 32]

@@ -18,7 +18,8 @@ from forkkv_kernels.reference import silu_mul as silu_mul_reference
 from forkkv_kernels.reference import store_kv as store_kv_reference
 from torch import Tensor
 
-from tests.kernels.places import REFERENCE, ROW_PLACES, Place
+from tests.kernels.place_sets import REFERENCE, ROW_PLACES
+from tests.kernels.places import Place
 from tests.kernels.test_rope import table
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
