@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from forkkv_kernels._cpu.library import references_only
@@ -31,3 +34,11 @@ def test_a_test_asks_for_the_interpreter() -> None:
 @pytest.mark.gpu
 def test_a_tensor_on_a_gpu_is_triton_s() -> None:
     assert use_triton(torch.zeros(1, device="cuda"))
+
+
+def test_every_op_imports_without_triton() -> None:
+    code = (
+        "import sys, pkgutil, importlib, forkkv_kernels.ops as ops; sys.modules['triton'] = None\n"
+        "for m in pkgutil.iter_modules(ops.__path__): importlib.import_module(f'forkkv_kernels.ops.{m.name}')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
