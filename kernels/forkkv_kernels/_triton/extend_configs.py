@@ -1,0 +1,46 @@
+"""Block sizes of ``residual_attention_extend``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendConfig:
+    """block_m: query rows times query heads of one kv head. block_n: keys of a tile, at most 128."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildConfig:
+    """block_n: positions of a program. heads: kv heads that it rebuilds one after the other, over the same angles."""
+
+    block_n: int
+    heads: int
+    num_warps: int
+
+
+def extend_config(is_tile: bool, block_d: int, itemsize: int, group: int, num_rows: int) -> ExtendConfig:
+    """is_tile: K is rebuilt in the loop. num_rows: T, all sequences' rows."""
+    if itemsize == 4:  # without tensor cores: for parity runs
+        return ExtendConfig(max(32, _power_of_two(group)), 32, 4, 1 if is_tile else 2)
+    if block_d > 128:
+        return ExtendConfig(64, 16, 8, 2) if is_tile else ExtendConfig(128, 32, 8, 2)
+    if is_tile:
+        return ExtendConfig(128, 32, 8, 2)
+    if num_rows * group <= 64:
+        return ExtendConfig(64, 64, 4, 3)
+    return ExtendConfig(128, 64, 8, 3)
+
+
+def rebuild_config(block_d: int, num_kv_heads: int) -> RebuildConfig:
+    heads = next(heads for heads in (4, 2, 1) if num_kv_heads % heads == 0)
+    return RebuildConfig(64, heads, 8)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
