@@ -26,8 +26,8 @@ class RebuildConfig:
 
 def extend_config(is_tile: bool, block_d: int, itemsize: int, group: int, num_rows: int) -> ExtendConfig:
     """is_tile: K is rebuilt in the loop. num_rows: T, all sequences' rows."""
-    if itemsize == 4:  # without tensor cores: for parity runs
-        return ExtendConfig(max(32, _power_of_two(group)), 32, 4, 1 if is_tile else 2)
+    if itemsize == 4:  # for parity runs: without tensor cores, products are unrolled, and large ones take minutes to compile
+        return ExtendConfig(max(16, _power_of_two(group)), 16, 4, 1)
     if block_d > 128:
         return ExtendConfig(64, 16, 8, 2) if is_tile else ExtendConfig(128, 32, 8, 2)
     if is_tile:

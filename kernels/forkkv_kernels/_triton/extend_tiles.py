@@ -133,5 +133,5 @@ def softmax_step(scores, acc, total, highest, scale, positions, limits, IS_MASKE
 
 @triton.jit
 def shrunk(before, highest):
-    """By how much sums that relate to the highest score ``before`` shrink; 1 where there was none yet and is none."""
-    return tl.where(before == highest, 1.0, tl.exp2(before - highest))
+    """By how much sums that relate to the highest score ``before`` shrink; 1 where there is none yet, -inf both."""
+    return tl.exp2(tl.maximum(before, -1e30) - tl.maximum(highest, -1e30))
