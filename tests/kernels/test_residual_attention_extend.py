@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from forkkv_kernels.ops import residual_attention_extend as ops
 from forkkv_kernels.ops.residual_attention import attend
 from forkkv_kernels.ops.residual_attention_extend import residual_attention_extend, workspace_shape
 from forkkv_kernels.reference import residual_attention_extend as reference
@@ -18,8 +19,8 @@ from torch import Tensor
 from tests.kernels.extend_cases import Batch, Seq, Shape, make_batch
 from tests.kernels.places import ALL_PLACES, TRITON_PLACES, Place
 
-WAYS = ["tile", "rebuilt"]
-"""K of a residual in the loop, or before it."""
+WAYS = ["k", "kv"]
+"""What is rebuilt before: K alone, V by P a_v; K and V."""
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 """Of the norm of what is wanted; float16 and bfloat16 round K, V, the weights and the output."""
@@ -28,12 +29,12 @@ MIXED = (Seq(20, 9, 29, 0), Seq(0, 13), Seq(37, 1, 22, 1), Seq(5, 40, 45, 0), Se
 """Residuals over all positions, over some, over none; a cached prefix and none."""
 
 
-def run(batch: Batch, place: Place, way: str = "tile") -> Tensor:
-    workspace = None
-    if way == "rebuilt":
-        shape = workspace_shape(batch.rows, batch.residuals)
+def run(batch: Batch, place: Place, way: str, num_sequences: int | None = None) -> Tensor:
+    """way "plain": no residual anywhere."""
+    workspace, residuals = None, None if way == "plain" else batch.residuals
+    if residuals is not None:
+        shape = workspace_shape(batch.rows, residuals, num_sequences, has_v=way == "kv")
         workspace = torch.full(shape, float("nan"), dtype=batch.q.dtype, device=batch.q.device)
-    residuals = None if way == "plain" else batch.residuals
     with place.entered():
         return residual_attention_extend(batch.q, batch.k_plane, batch.v_plane, batch.rows, batch.scale, residuals, workspace)
 
@@ -115,6 +116,16 @@ def test_a_residual_that_ends_before_at_and_behind_the_border_of_a_tile(place: P
     assert_right(batch_at(place, seqs, num_kv_heads=1, page_size=64), place, way)
 
 
+@pytest.mark.parametrize("place", [p for p in TRITON_PLACES if p.id == "gpu-bfloat16"])
+@pytest.mark.parametrize("page_size", [16, 64])
+@ways
+def test_the_blocks_of_a_large_batch(place: Place, way: str, page_size: int) -> None:
+    seqs = [Seq(700, 900, 1600, 0), Seq(0, 300, 100, 1), Seq(33, 500)]
+    batch = batch_at(place, seqs, ranks=((16, 16), (8, 3)), num_kv_heads=2, group=4, head_dim=128, page_size=page_size)
+    assert len(batch.q) * 8 > 12_800  # from there on blocks are large
+    assert_right(batch, place, way)
+
+
 @few_places
 @ways
 def test_qk_norm_rescales_k(place: Place, way: str) -> None:
@@ -124,15 +135,14 @@ def test_qk_norm_rescales_k(place: Place, way: str) -> None:
 
 @few_places
 def test_positions_beyond_64k(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    if place.name == "interpreter":
-        long_tiles = import_module("forkkv_kernels._triton.extend_configs").ExtendConfig(16, 1024, 4, 1)
-        monkeypatch.setattr(launch(), "extend_config", lambda *_: long_tiles)
+    if place.name == "interpreter":  # long tiles: it takes a moment for each
+        configs = import_module("forkkv_kernels._triton.extend_configs")
+        monkeypatch.setattr(launch(), "extend_config", lambda *_: configs.ExtendConfig(16, 1024, 4, 1))
+        monkeypatch.setattr(launch(), "rebuild_config", lambda *_: configs.RebuildConfig(1024, 1, 4))
     batch = batch_at(place, [Seq(65_700, 2, 65_701, 0)], num_kv_heads=1, group=1, page_size=128)
     keys = reference._slots(batch.rows.base_pages[0], torch.arange(65_500, 65_702, device=place.device), 128)
-    batch.k_plane.view(-1)[: 16 * (int(keys.max()) + 1)].view(-1, 16)[keys] *= (
-        4  # the last keys decide, and the angles of their positions
-    )
-    assert_right(batch, place, "tile")
+    batch.k_plane[: 16 * (int(keys.max()) + 1)].view(-1, 16)[keys] *= 4  # the last keys decide, and so do their angles
+    assert_right(batch, place, "kv")
 
 
 @few_places
@@ -151,15 +161,30 @@ def test_how_rows_are_cut_into_chunks_changes_nothing(place: Place, way: str) ->
 
 @places
 @ways
-def test_rows_of_the_base_model_are_bit_equal_to_those_of_the_plain_kernel(
-    place: Place, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = launch().extend_config(way == "tile", 32, place.dtype.itemsize, 2, 66)
-    monkeypatch.setattr(launch(), "extend_config", lambda *_: config)  # without it the loop that rebuilds K has shorter tiles
+def test_rows_of_the_base_model_are_bit_equal_to_those_of_the_plain_kernel(place: Place, way: str) -> None:
     batch = batch_at(place, MIXED, ranks=((8, 8), (4, 4)))
     plain = run(batch, place, "plain")
     assert torch.equal(run(batch.only_base(), place, way), plain)
     assert torch.equal(run(batch, place, way)[9:22], plain[9:22])
+
+
+@few_places
+@ways
+@pytest.mark.parametrize("num_sequences", [1, 2])
+def test_room_for_some_sequences_at_a_time_changes_no_bit(place: Place, way: str, num_sequences: int) -> None:
+    batch = batch_at(place, MIXED, ranks=((8, 8), (4, 4)))
+    assert torch.equal(run(batch, place, way, num_sequences), run(batch, place, way))
+
+
+@few_places
+def test_room_of_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_at(place, MIXED, ranks=((8, 8), (4, 4)))
+    for num_bytes, few_rows in ((1 << 29, 512), (1, 1)):
+        monkeypatch.setattr(ops, "_WORKSPACE_BYTES", num_bytes)
+        monkeypatch.setattr(ops, "_FEW_ROWS", few_rows)
+        with place.entered():
+            out = residual_attention_extend(batch.q, batch.k_plane, batch.v_plane, batch.rows, batch.scale, batch.residuals)
+        assert_close(out, wanted(batch))
 
 
 @few_places
@@ -200,19 +225,19 @@ def test_q_may_be_part_of_a_fused_product(place: Place) -> None:
     batch = batch_at(place, MIXED, ranks=((4, 4), (3, 2)))
     fused = torch.full((len(batch.q), 8, 16), float("nan"), dtype=place.dtype, device=place.device)
     fused[:, 1:5] = batch.q
-    assert torch.equal(run(replace(batch, q=fused[:, 1:5]), place), run(batch, place))
+    assert torch.equal(run(replace(batch, q=fused[:, 1:5]), place, "plain"), run(batch, place, "plain"))
 
 
 @pytest.mark.parametrize("place", ALL_PLACES[:1])
 def test_arguments_that_do_not_fit_are_named(place: Place) -> None:
     batch = batch_at(place, MIXED, ranks=((4, 4), (3, 2)))
     with pytest.raises(ValueError, match="heads of a row"):
-        run(replace(batch, q=batch.q.transpose(0, 1).contiguous().transpose(0, 1)), place)
+        run(replace(batch, q=batch.q.transpose(0, 1).contiguous().transpose(0, 1)), place, "k")
     with pytest.raises(ValueError, match="num_kv_heads 3"):
-        run(replace(batch, rows=replace(batch.rows, num_kv_heads=3)), place)
+        run(replace(batch, rows=replace(batch.rows, num_kv_heads=3)), place, "k")
     with pytest.raises(ValueError, match="power of two"):
-        run(replace(batch, residuals=replace(batch.residuals, b_k=batch.residuals.b_k[:, :9])), place)
+        run(replace(batch, residuals=replace(batch.residuals, b_k=batch.residuals.b_k[:, :9])), place, "k")
     with pytest.raises(ValueError, match="workspace is"), place.entered():
         residual_attention_extend(
-            batch.q, batch.k_plane, batch.v_plane, batch.rows, 1.0, batch.residuals, torch.zeros(2, 5, 1, 2, 16)
+            batch.q, batch.k_plane, batch.v_plane, batch.rows, 1.0, batch.residuals, torch.zeros(2, 6, 96, 2, 16)
         )

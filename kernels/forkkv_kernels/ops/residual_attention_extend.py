@@ -6,8 +6,8 @@
 for positions j before a sequence's residual ends, K_j = Kb_j and V_j = Vb_j after it. With QK-norm K_j is (1 + change_j) Kb_j +
 norm_j R_j(a_k_j B_k) (``qk_norm``). The rows' own K and V, and their residuals, are in their pages already.
 
-On a GPU there are two ways to K and V: rebuilt in the loop, tile by tile, by every block of rows; or once, before, into
-``workspace``, which costs the pass over K and V that a chunk of some hundred rows makes good.
+On a GPU K of sequences with a residual is rebuilt before, once for all their rows; V too, or P a_v is kept beside P V: that is
+cheaper where a sequence has few rows.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from forkkv_kernels.reference.residual_attention_extend import ExtendResiduals, 
 
 __all__ = ["ExtendResiduals", "ExtendRows", "residual_attention_extend", "workspace_shape"]
 
-_WORKSPACE_ALIGN = 128
-"""Positions: the longest tile of keys. A tile lies wholly in the workspace or wholly in base pages."""
+_WORKSPACE_BYTES = 1 << 29
+"""Of a workspace that the op makes for itself; more is taken where one sequence needs more."""
+
+_FEW_ROWS = 512
+"""Rows of a sequence up to which V stays in base pages: Llama-3.1-8B on an H100, by the bytes that rebuilding V moves and the
+products that P a_v takes."""
 
 
 def residual_attention_extend(
@@ -39,8 +43,9 @@ def residual_attention_extend(
 
     q [T, Hq, D] rotated, not scaled; rows may lie apart (a view into a fused product), heads may not. k_plane and v_plane: one
     layer's planes, 1-D, in q's dtype, fp32, fp16 or bf16; base slot s holds [Hkv, D] from s * W on, a residual slot of class c
-    c columns from s * c on. residuals None: no sequence has an adapter. workspace of ``workspace_shape`` in q's dtype, its
-    contents lost; of use only with residuals.
+    c columns from s * c on. residuals None: no sequence has an adapter; a sequence that has none is computed bit by bit as
+    without the argument. workspace: of ``workspace_shape`` in q's dtype, its contents are lost; None: the op takes one of its
+    own. With one for fewer sequences than there are, they are attended in turns.
 
     The grid follows from shapes alone, nothing waits for the device: fit for a CUDA graph. Raises ValueError for arguments that
     do not fit together.
@@ -50,15 +55,31 @@ def residual_attention_extend(
         return reference.residual_attention_extend(q, k_plane, v_plane, rows, scale, residuals)
     from forkkv_kernels._triton.residual_attention_extend import extend  # Here: Triton may be missing.
 
+    if residuals is not None and workspace is None and len(rows.start_pos):
+        workspace = torch.empty(_own_workspace(q, rows), dtype=q.dtype, device=q.device)
     return extend(q, k_plane, v_plane, rows, scale, residuals, workspace)
 
 
-def workspace_shape(rows: ExtendRows, residuals: ExtendResiduals) -> tuple[int, int, int, int, int]:
-    """[K and V, N, positions, Hkv, D]: room for as many positions as ``residuals.pages`` has columns. Narrow that table to what
-    the longest residual needs, and this narrows with it."""
-    num_sequences, num_pages = residuals.pages.shape
-    positions = -(-num_pages * rows.page_size // _WORKSPACE_ALIGN) * _WORKSPACE_ALIGN
-    return (2, num_sequences, positions, *residuals.b_k.shape[2:])
+def workspace_shape(
+    rows: ExtendRows, residuals: ExtendResiduals, num_sequences: int | None = None, has_v: bool = True
+) -> tuple[int, int, int, int, int]:
+    """[2 or 1, num_sequences, positions, Hkv, D]: K and V, or K alone, of num_sequences (None: all N) at a time, of as many
+    positions as ``base_pages`` has room for. Narrow that table to what the longest sequence needs, and this narrows."""
+    num_sequences = len(rows.start_pos) if num_sequences is None else num_sequences
+    return (1 + has_v, num_sequences, rows.base_pages.shape[1] * rows.page_size, *residuals.b_k.shape[2:])
+
+
+def _own_workspace(q: Tensor, rows: ExtendRows) -> tuple[int, int, int, int, int]:
+    num_sequences, positions = len(rows.start_pos), rows.base_pages.shape[1] * rows.page_size
+    has_v = len(q) > _FEW_ROWS * num_sequences
+    num_bytes = (1 + has_v) * positions * rows.num_kv_heads * q.shape[2] * q.dtype.itemsize
+    return (
+        1 + has_v,
+        max(1, min(num_sequences, _WORKSPACE_BYTES // max(1, num_bytes))),
+        positions,
+        rows.num_kv_heads,
+        q.shape[2],
+    )
 
 
 def check_arguments(
@@ -98,7 +119,11 @@ def check_arguments(
         _check_residuals(q, rows, residuals)
         if workspace is not None:
             check_dtype("workspace", workspace, q.dtype)
-            check_shape("workspace", workspace, *workspace_shape(rows, residuals))
+            check_shape("workspace", workspace, None, None, *workspace_shape(rows, residuals)[2:])
+            if len(workspace) not in (1, 2) or not 0 < workspace.shape[1] <= num_sequences:
+                raise ValueError(
+                    f"workspace is {[*workspace.shape]}, not of K or K and V (1, 2) of 1 to {num_sequences} sequences"
+                )
             if not workspace.is_contiguous():
                 raise ValueError(f"workspace has strides {workspace.stride()}: it has to be contiguous")
 
