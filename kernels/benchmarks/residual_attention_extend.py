@@ -99,7 +99,9 @@ def _ways(case: Case, ceilings: tuple[float, float], quick: bool) -> Iterator[di
         ms = time_ms(lambda room=room: call(True, room), quick)
         is_default = room is not None and len(room) == 1 + (case.num_rows > 512)
         target = 1 / 1.15 if is_default and case.num_rows >= 1024 else None
-        note = f"rank {RANK} on k and v, {100 * (ms / plain - 1):+.0f} %"
+        right, found = call(True, workspace).double(), call(True, room).double()
+        off = torch.linalg.norm(found - right) / torch.linalg.norm(right)
+        note = f"rank {RANK} on k and v, {100 * (ms / plain - 1):+.0f} %; {off:.1e} from K and V rebuilt"
         yield row(f"extend {case.name}, {name}", ms, baseline_ms=plain, target=target, floor_ms=floor, note=note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -27,6 +28,14 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 
 MIXED = (Seq(20, 9, 29, 0), Seq(0, 13), Seq(37, 1, 22, 1), Seq(5, 40, 45, 0), Seq(0, 3, 3, 1))
 """Residuals over all positions, over some, over none; a cached prefix and none."""
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small block as for a large one."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        config = import_module("forkkv_kernels._triton.extend_configs").ExtendConfig(64, 32, 4, 1)
+        monkeypatch.setattr(launch(), "extend_config", lambda *_: config)
 
 
 def run(batch: Batch, place: Place, way: str, num_sequences: int | None = None) -> Tensor:
@@ -99,6 +108,8 @@ def test_every_head_size(place: Place, way: str, head_dim: int) -> None:
 @ways
 @pytest.mark.parametrize(("num_kv_heads", "group"), [(3, 1), (1, 2), (2, 3), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8)])
 def test_every_number_of_heads(place: Place, way: str, num_kv_heads: int, group: int) -> None:
+    if place.name == "gpu" and group in (2, 4, 6, 7):
+        pytest.skip("each number is a compilation; others are like it")
     assert_right(batch_at(place, [Seq(20, 11, 26, 0), Seq(0, 3)], num_kv_heads=num_kv_heads, group=group), place, way)
 
 
