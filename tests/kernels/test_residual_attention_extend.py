@@ -77,10 +77,10 @@ ways = pytest.mark.parametrize("way", WAYS)
 
 @few_places
 @ways
-@pytest.mark.parametrize("rank", [0, 1, 8, 16, 17, 64])
+@pytest.mark.parametrize("rank", [0, 1, 8, 16, 17, 64, 128])
 def test_every_rank(place: Place, way: str, rank: int) -> None:
     seqs = (Seq(20, 9, 29, 0), Seq(37, 1, 22, 1))
-    stack_rank = 16 if rank <= 16 else 64
+    stack_rank = 16 if rank <= 16 else max(64, rank)
     assert_right(batch_at(place, seqs, ranks=((rank, rank), (rank, 5)), stack_rank=stack_rank), place, way)
 
 
@@ -149,7 +149,7 @@ def test_positions_beyond_64k(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
     if place.name == "interpreter":  # long tiles: it takes a moment for each
         configs = import_module("forkkv_kernels._triton.extend_configs")
         monkeypatch.setattr(launch(), "extend_config", lambda *_: configs.ExtendConfig(16, 1024, 4, 1))
-        monkeypatch.setattr(launch(), "rebuild_config", lambda *_: configs.RebuildConfig(1024, 1, 4))
+        monkeypatch.setattr(launch(), "rebuild_config", lambda *_: configs.RebuildConfig(1024, 1, 4, 1))
     batch = batch_at(place, [Seq(65_700, 2, 65_701, 0)], num_kv_heads=1, group=1, page_size=128)
     keys = reference._slots(batch.rows.base_pages[0], torch.arange(65_500, 65_702, device=place.device), 128)
     batch.k_plane[: 16 * (int(keys.max()) + 1)].view(-1, 16)[keys] *= 4  # the last keys decide, and so do their angles

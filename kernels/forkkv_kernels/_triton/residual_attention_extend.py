@@ -10,13 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from forkkv_kernels._triton.aot import AotVariant
+from forkkv_kernels._triton.aot import MAX_SHARED_BYTES, AotVariant
 from forkkv_kernels._triton.extend_configs import ExtendConfig, RebuildConfig, extend_config, rebuild_config
 from forkkv_kernels._triton.extend_kernel import extend_kernel
 from forkkv_kernels._triton.rebuild_kv import rebuild_kv_kernel
 from forkkv_kernels.reference.residual_attention_extend import ExtendResiduals, ExtendRows
 
 _LOG2_E = 1.4426950408889634
+_HOPPER, _OTHERS = (90, 100, 103), (80, 86, 89, 120)
+"""Compute capabilities by ``extend_config``."""
+
 _TABLES = (
     "rebuilt_pages_ptr", "query_starts_ptr", "start_pos_ptr", "base_pages_ptr", "residual_pages_ptr", "residual_lens_ptr",
     "adapters_ptr", "ranks_ptr", "rank_class_ptr", "norm_column_ptr", "change_column_ptr",
@@ -68,16 +71,17 @@ def rebuild_kv(
     positions, num_kv_heads, head_dim = workspace.shape[2:]
     block_d = _block_d(head_dim)
     pages = torch.empty(positions // rows.page_size, dtype=torch.int32, device=workspace.device)
-    config = config or rebuild_config(block_d, num_kv_heads)
+    rank, device = residuals.b_k.shape[1], workspace.device
+    config = config or rebuild_config(block_d, rank, workspace.dtype.itemsize, num_kv_heads, _shared_bytes(device))
     grid = (len(rows.start_pos), triton.cdiv(positions, config.block_n), num_kv_heads // config.heads)
     rebuild_kv_kernel[grid](
         workspace[0], workspace[1] if len(workspace) == 2 else None, pages, k_plane, v_plane, rows.query_starts,
         rows.start_pos, rows.base_pages, residuals.pages, residuals.lens, residuals.adapters, residuals.b_k, residuals.b_v,
         residuals.ranks, residuals.rank_class, residuals.norm_column, residuals.change_column, residuals.cos_sin,
         rows.base_pages.stride(0), residuals.pages.stride(0), positions,
-        NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=rows.page_size, RANK=residuals.b_k.shape[1],
+        NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=rows.page_size, RANK=rank,
         HAS_KEY_SCALE=residuals.norm_column is not None, HAS_V=len(workspace) == 2, BLOCK_N=config.block_n, HEADS=config.heads,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return pages
 
@@ -96,7 +100,8 @@ def _extend(
 ) -> None:
     num_rows, num_heads, head_dim = q.shape
     group, block_d = num_heads // rows.num_kv_heads, _block_d(head_dim)
-    config = config or extend_config(block_d, q.dtype.itemsize, group, num_rows * num_heads)
+    rank = 16 if residuals is None else residuals.b_v.shape[1]
+    config = config or extend_config(block_d, rank, q.dtype.itemsize, group, num_rows * num_heads, _shared_bytes(q.device))
     grid = (num_rows // (config.block_m // group) + len(rows.start_pos), rows.num_kv_heads)
     tables: tuple[Tensor | None, ...] = (None,) * 6
     if residuals is not None:
@@ -109,8 +114,7 @@ def _extend(
         scale * _LOG2_E, len(rows.start_pos), q.stride(0), rows.base_pages.stride(0),
         0 if residuals is None else residuals.pages.stride(0), 0 if workspace is None else workspace.shape[2],
         NUM_KV_HEADS=rows.num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=rows.page_size,
-        RANK=16 if residuals is None else residuals.b_v.shape[1],
-        REBUILT="" if rebuilt_k is None else "k" if rebuilt_v is None else "kv",
+        RANK=rank, REBUILT="" if rebuilt_k is None else "k" if rebuilt_v is None else "kv",
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -131,9 +135,15 @@ def _block_d(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MAX_SHARED_BYTES[90]
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def aot_variants() -> list[AotVariant]:
-    """Llama-3.1-8B first, then other pages, ranks, heads of 64 (as in Qwen2.5-0.5B) and of 256, QK-norm."""
-    return [
+    """Llama-3.1-8B first; other pages, ranks, heads of 64 (as in Qwen2.5-0.5B) and of 256, QK-norm; what other cards take."""
+    variants = [
         _variant("kv"),
         _rebuild_variant(),
         _variant(""),
@@ -141,11 +151,20 @@ def aot_variants() -> list[AotVariant]:
         _variant("", dtype="fp16"),
         _variant("kv", page_size=16),
         _variant("k", page_size=16, rank=64),
+        _variant("kv", num_rows=128),
+        _variant("k", num_rows=128),
         _variant("kv", head_dim=64, num_kv_heads=2, group=7),
         _variant("k", head_dim=64, num_kv_heads=2, group=7),
-        _variant("kv", head_dim=256, num_kv_heads=4, group=2)._replace(archs=(90,)),
-        _rebuild_variant(has_key_scale=True, rank=64, page_size=16),
+        _rebuild_variant(has_key_scale=True, rank=128, page_size=16),
     ]
+    other = {"shared_bytes": MAX_SHARED_BYTES[86]}
+    others = [_variant("kv", **other), _rebuild_variant(**other), _variant("", **other)]
+    few = [_variant("k", **other), _variant("k", num_rows=128, **other)]
+    others += [_variant("kv", num_rows=128, **other), *(variant._replace(max_local_bytes=16) for variant in few)]
+    variants += [_variant("kv", head_dim=256, num_kv_heads=4, group=2)]
+    hopper = [variant._replace(archs=_HOPPER) for variant in variants]
+    others = [variant._replace(archs=_OTHERS, name=f"other_{variant.name}") for variant in others]
+    return hopper[:2] + others[:2] + hopper[2:] + others[2:]
 
 
 def _variant(
@@ -157,25 +176,29 @@ def _variant(
     group: int = 4,
     page_size: int = 64,
     rank: int = 16,
+    num_rows: int = 8192,
+    shared_bytes: int = MAX_SHARED_BYTES[90],
 ) -> AotVariant:
-    config = extend_config(head_dim, 2, group, 8192 * group * num_kv_heads)
+    config = extend_config(head_dim, rank, 2, group, num_rows * group * num_kv_heads, shared_bytes)
     constants = {
         "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "PAGE_SIZE": page_size,
         "RANK": rank, "REBUILT": rebuilt, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
-    left_out = {"", "k"} & {rebuilt} and {"rebuilt_v_ptr"}
+    left_out = set() if rebuilt == "kv" else {"rebuilt_v_ptr"}
     if not rebuilt:
         left_out |= {
             "rebuilt_k_ptr", "rebuilt_pages_ptr", "residual_pages_ptr", "residual_lens_ptr", "adapters_ptr", "b_v_ptr",
             "ranks_ptr", "rank_class_ptr",
         }  # fmt: skip
-    name = f"extend_{rebuilt or 'plain'}[{dtype},d{head_dim},g{group},page{page_size},r{rank}]"
+    name = f"extend_{rebuilt or 'plain'}[{dtype},d{head_dim},g{group},page{page_size},r{rank},m{config.block_m}]"
     signature = _signature(extend_kernel, dtype, left_out)
     return AotVariant(extend_kernel, signature, constants | dict.fromkeys(left_out), config.num_warps, config.num_stages, name)
 
 
-def _rebuild_variant(*, page_size: int = 64, rank: int = 16, has_key_scale: bool = False) -> AotVariant:
-    config = rebuild_config(128, 8)
+def _rebuild_variant(
+    *, page_size: int = 64, rank: int = 16, has_key_scale: bool = False, shared_bytes: int = MAX_SHARED_BYTES[90]
+) -> AotVariant:
+    config = rebuild_config(128, rank, 2, 8, shared_bytes)
     constants = {
         "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_D": 128, "PAGE_SIZE": page_size, "RANK": rank,
         "HAS_KEY_SCALE": has_key_scale, "HAS_V": True, "BLOCK_N": config.block_n, "HEADS": config.heads,
@@ -183,7 +206,9 @@ def _rebuild_variant(*, page_size: int = 64, rank: int = 16, has_key_scale: bool
     left_out = set() if has_key_scale else {"norm_column_ptr", "change_column_ptr"}
     name = f"rebuild_kv[bf16,d128,page{page_size},r{rank}{',qk_norm' if has_key_scale else ''}]"
     signature = _signature(rebuild_kv_kernel, "bf16", left_out)
-    return AotVariant(rebuild_kv_kernel, signature, constants | dict.fromkeys(left_out), config.num_warps, 3, name)
+    return AotVariant(
+        rebuild_kv_kernel, signature, constants | dict.fromkeys(left_out), config.num_warps, config.num_stages, name
+    )
 
 
 def _signature(kernel: Any, dtype: str, left_out: set[str]) -> Mapping[str, str]:
