@@ -51,12 +51,12 @@ def extend_config(block_d: int, rank: int, itemsize: int, group: int, num_querie
     return ExtendConfig(128, 64, 8, 3 if rank <= 64 else 2)
 
 
-def rebuild_config(block_d: int, rank: int, itemsize: int, num_kv_heads: int, shared_bytes: int) -> RebuildConfig:
+def rebuild_config(block_d: int, rank: int, itemsize: int, num_kv_heads: int) -> RebuildConfig:
+    """Small programs, several to a multiprocessor: each begins with a chain of small loads."""
     heads = next(heads for heads in (4, 2, 1) if num_kv_heads % heads == 0)
     if itemsize == 4:
         return RebuildConfig(16, heads, 4, 1)
-    is_small = rank <= 32 and block_d <= 128 and shared_bytes >= _HOPPER_SHARED_BYTES
-    return RebuildConfig(64 if block_d <= 128 else 32, heads, 8, 3 if is_small else 1)
+    return RebuildConfig(32, heads, 4 if block_d <= 128 else 8, 3 if rank <= 32 and block_d <= 128 else 1)
 
 
 def _power_of_two(number: int) -> int:

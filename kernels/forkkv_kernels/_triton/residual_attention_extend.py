@@ -71,8 +71,8 @@ def rebuild_kv(
     positions, num_kv_heads, head_dim = workspace.shape[2:]
     block_d = _block_d(head_dim)
     pages = torch.empty(positions // rows.page_size, dtype=torch.int32, device=workspace.device)
-    rank, device = residuals.b_k.shape[1], workspace.device
-    config = config or rebuild_config(block_d, rank, workspace.dtype.itemsize, num_kv_heads, _shared_bytes(device))
+    rank = residuals.b_k.shape[1]
+    config = config or rebuild_config(block_d, rank, workspace.dtype.itemsize, num_kv_heads)
     grid = (len(rows.start_pos), triton.cdiv(positions, config.block_n), num_kv_heads // config.heads)
     rebuild_kv_kernel[grid](
         workspace[0], workspace[1] if len(workspace) == 2 else None, pages, k_plane, v_plane, rows.query_starts,
@@ -158,7 +158,7 @@ def aot_variants() -> list[AotVariant]:
         _rebuild_variant(has_key_scale=True, rank=128, page_size=16),
     ]
     other = {"shared_bytes": MAX_SHARED_BYTES[86]}
-    others = [_variant("kv", **other), _rebuild_variant(**other), _variant("", **other)]
+    others = [_variant("kv", **other), _rebuild_variant(), _variant("", **other)]
     few = [_variant("k", **other), _variant("k", num_rows=128, **other)]
     others += [_variant("kv", num_rows=128, **other), *(variant._replace(max_local_bytes=16) for variant in few)]
     variants += [_variant("kv", head_dim=256, num_kv_heads=4, group=2)]
@@ -195,10 +195,8 @@ def _variant(
     return AotVariant(extend_kernel, signature, constants | dict.fromkeys(left_out), config.num_warps, config.num_stages, name)
 
 
-def _rebuild_variant(
-    *, page_size: int = 64, rank: int = 16, has_key_scale: bool = False, shared_bytes: int = MAX_SHARED_BYTES[90]
-) -> AotVariant:
-    config = rebuild_config(128, rank, 2, 8, shared_bytes)
+def _rebuild_variant(*, page_size: int = 64, rank: int = 16, has_key_scale: bool = False) -> AotVariant:
+    config = rebuild_config(128, rank, 2, 8)
     constants = {
         "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_D": 128, "PAGE_SIZE": page_size, "RANK": rank,
         "HAS_KEY_SCALE": has_key_scale, "HAS_V": True, "BLOCK_N": config.block_n, "HEADS": config.heads,
