@@ -1,0 +1,1 @@
+"""Kernels in Triton, a file for each op; nothing else imports triton."""
