@@ -6,16 +6,19 @@ Each row is written as one line of JSON as soon as it is measured, so that what 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
 from typing import TextIO
 
-from harness import Row
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where nothing is installed
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # forkkv_kernels, where nothing is installed
+from forkkv_kernels.launch import interpreted  # noqa: E402
+from harness import Row, is_tiny  # noqa: E402
 
 
 def run_benchmark(name: str, quick: bool, rows_file: TextIO | None) -> bool:
@@ -39,8 +42,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="Fewer repeats and shapes.")
     parser.add_argument("--rows", type=Path, help="Write rows here, one JSON object a line.")
     options = parser.parse_args()
-    rows_file = options.rows.open("a") if options.rows else None
-    ran = [run_benchmark(name, options.quick, rows_file) for name in options.ops]
+    with contextlib.ExitStack() as stack:
+        rows_file = stack.enter_context(options.rows.open("a")) if options.rows else None
+        if is_tiny() and os.environ.get("TRITON_INTERPRET") == "1":
+            stack.enter_context(interpreted())
+        ran = [run_benchmark(name, options.quick, rows_file) for name in options.ops]
     return 0 if all(ran) else 1
 
 

@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/run.py                      on a GPU host with torch, triton and transformers; needs no install
     python kernels/benchmarks/run.py --only decode tests  some parts of it
-    python kernels/benchmarks/run.py --cpu                everything once at tiny shapes in Triton's interpreter: it works, no speed
+    python kernels/benchmarks/run.py --cpu                every benchmark at tiny shapes in Triton's interpreter: no speeds
 
 Every part is a process of its own with a time limit: one that hangs or fails costs the others nothing. Rows are kept as they
 are measured. A short table comes last; all numbers go to OUT/kit.json, the parts' output to OUT/kit.log.
@@ -91,10 +91,8 @@ def parts_of(options: argparse.Namespace, work: Path) -> list[Part]:
             for name in names
             if _is_chosen(name, options.only)
         ]
-    fixed = [
-        made for made in (facts, tests) if made is not None and (made.name == "facts" or _is_chosen(made.name, options.only))
-    ]
-    return [*fixed, *benchmarks]
+    chosen_tests = [tests] if tests is not None and _is_chosen("tests", options.only) else []
+    return [facts, *chosen_tests, *benchmarks]
 
 
 def _is_chosen(name: str, only: Sequence[str] | None) -> bool:

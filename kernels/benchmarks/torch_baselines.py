@@ -1,4 +1,4 @@
-"""What torch does on this card with the shapes of Llama-3.1-8B: the numbers that the other benchmarks and the plan start from."""
+"""What torch does on this card with the shapes of Llama-3.1-8B: the numbers that other benchmarks and the plan start from."""
 
 from __future__ import annotations
 
