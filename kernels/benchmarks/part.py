@@ -17,8 +17,8 @@ from typing import TextIO
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where nothing is installed
 
-from forkkv_kernels.launch import interpreted  # noqa: E402
-from harness import Row, is_tiny  # noqa: E402
+from forkkv_kernels.launch import interpreted
+from harness import Row, is_tiny
 
 
 def run_benchmark(name: str, quick: bool, rows_file: TextIO | None) -> bool:

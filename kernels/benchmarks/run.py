@@ -82,21 +82,21 @@ def parts_of(options: argparse.Namespace, work: Path) -> list[Part]:
     part = (sys.executable, str(HERE / "part.py"))
     names = benchmark_names()
     if options.cpu:  # one process: starting torch for each would take most of the time
-        chosen = [name for name in names if _is_chosen(name, options.only)]
+        chosen = [name for name in names if _is_chosen(name, options)]
         benchmarks = [Part("benchmarks", (*part, *chosen, *quick, *rows), 300)] if chosen else []
     else:
         limits = {"end_to_end": options.end_to_end_s}
         benchmarks = [
             Part(name, (*part, name, *quick, *rows), limits.get(name, options.benchmark_s))
             for name in names
-            if _is_chosen(name, options.only)
+            if _is_chosen(name, options)
         ]
-    chosen_tests = [tests] if tests is not None and _is_chosen("tests", options.only) else []
+    chosen_tests = [tests] if tests is not None and _is_chosen("tests", options) else []
     return [facts, *chosen_tests, *benchmarks]
 
 
-def _is_chosen(name: str, only: Sequence[str] | None) -> bool:
-    return not only or name in only
+def _is_chosen(name: str, options: argparse.Namespace) -> bool:
+    return (not options.only or name in options.only) and name not in (options.skip or ())
 
 
 def run_part(part: Part, deadline: float, env: Mapping[str, str], work: Path, log_path: Path) -> Outcome:
@@ -229,6 +229,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="Tiny shapes in Triton's interpreter, without a card.")
     parser.add_argument("--quick", action="store_true", help="Fewer repeats and shapes.")
     parser.add_argument("--only", nargs="+", metavar="PART", help="tests, or names of benchmarks; facts are always taken.")
+    parser.add_argument("--skip", nargs="+", metavar="PART", help="The same names, to leave out.")
     parser.add_argument("--minutes", type=float, default=9.5, help="For all of it; parts that find no time left are skipped.")
     parser.add_argument("--tests-s", type=float, default=180, help="Limit of the tests.")
     parser.add_argument("--benchmark-s", type=float, default=75, help="Limit of each kernel benchmark.")
@@ -242,9 +243,9 @@ def main() -> int:
     if options.list:
         print("\n".join(benchmark_names()))
         return 0
-    unknown = sorted({*(options.only or ())} - {"tests", *benchmark_names()})
+    unknown = sorted({*(options.only or ()), *(options.skip or ())} - {"tests", *benchmark_names()})
     if unknown:
-        parser.error(f"--only: there is no {', '.join(unknown)}; there are tests, {', '.join(benchmark_names())}")
+        parser.error(f"there is no part {', '.join(unknown)}; there are tests, {', '.join(benchmark_names())}")
     return run(options)
 
 
