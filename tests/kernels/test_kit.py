@@ -90,7 +90,7 @@ def test_the_table_tells_met_from_missed_targets(kit: ModuleType) -> None:
     }
     rows = [row, {**row, "name": "b", "target": 4.1}, {**row, "name": "c", "target": None}]
     part = {"name": "decode", "status": "ok", "seconds": 1.0, "output": "", "rows": rows}
-    table = kit.short_table({"facts": {}, "commit": "c", "source": "s", "parts": [part]})
+    table = kit.short_table({"facts": {"card": {"name": "C"}}, "commit": "c", "source": "s", "parts": [part]})
     assert [line.split()[-1] for line in table.splitlines()[2:5]] == ["met", "MISSED", "4.00"]
 
 
