@@ -180,7 +180,8 @@ def short_table(report: Mapping[str, Any]) -> str:
     ]
     for row in (row for part in report["parts"] for row in part["rows"]):
         lines.append(
-            f"{row['op'].removeprefix('residual_')[:17]:<17} {row['name'][:58]:<58} {number(row['ms'], 4):>9} {number(row['baseline_ms'], 4):>9} "
+            f"{row['op'].removeprefix('residual_')[:17]:<17} {row['name'][:58]:<58} "
+            f"{number(row['ms'], 4):>9} {number(row['baseline_ms'], 4):>9} "
             f"{number(row['ratio'], 2):>6} {number(row['target'], 2):>6} {number(row['floor_ms'], 4):>8}  "
             f"{verdict(row, bool(facts.get('card')))} {row['note']}".rstrip()
         )

@@ -1,7 +1,8 @@
 """Bytes moved and arithmetic of prefill and decode, and the time that a card's ceilings leave for them.
 
-Decode attention is that of grouped decode: what agents share is read once, their rows are stacked for its base part, K's
-residual is rebuilt once an adapter, and scores against it are taken with the keys as the long side of the product.
+Decode attention is that of grouped decode (``kernels/forkkv_kernels/_triton/residual_attention_grouped.py``): what agents share
+is read once from memory; rows of several agents are the columns of one product for its base part; K's residual is rebuilt once
+an adapter and scored against all columns of the group, of which those of other adapters are thrown away.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from forkkv_cluster.core.cost_model.shapes import ELEMENT_BYTES, ModelShape, Wor
 
 ROW_TILE = 16
 """Rows of a matrix instruction: fewer are padded to it."""
-NARROW_TILE = 8
-"""Columns of a matrix instruction, where the keys are its rows."""
+GROUP_COLUMNS, GROUP_COLUMNS_WITHOUT_K = 32, 128
+"""Columns of a group, rows of agents times query heads of a kv head: few where each adapter's rebuilt K meets all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,14 @@ def shared_attention(model: ModelShape, workload: Workload, batch: int, adapters
     flop = per_layer * 4 * keys * rows * model.kv_size
     if has_residual:
         num_bytes += adapters * keys * workload.lora.residual_bytes_per_token(model)
-        narrow = padded(batch * group / adapters, NARROW_TILE)
-        flop += per_layer * adapters * keys * _residual_flop(model, workload, narrow)
+        columns = padded(min(batch * group, _group_columns(workload)), ROW_TILE)
+        passes = max(adapters, -(-batch * group // columns))  # an adapter whose agents fill several groups is rebuilt in each
+        flop += per_layer * passes * keys * _residual_flop(model, workload, columns)
     return Work(num_bytes, flop)
+
+
+def _group_columns(workload: Workload) -> int:
+    return GROUP_COLUMNS if "k" in workload.lora.targets else GROUP_COLUMNS_WITHOUT_K
 
 
 def own_attention(model: ModelShape, workload: Workload, batch: int, own_len: float, has_residual: bool) -> Work:

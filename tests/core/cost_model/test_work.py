@@ -37,10 +37,11 @@ def test_rebuilding_k_once_an_adapter_takes_34_gflop_a_layer() -> None:
     work = shared_attention(LLAMA_3_1_8B, THIRTY_TWO, 32, adapters=32, copies=1, has_residual=True)
     keys = 32 * 32768  # of all adapters
     rebuilt = keys * 2 * 16 * 1024
-    scores = keys * 2 * 8 * 1024  # 4 rows of a kv head, padded to 8
-    values = keys * 2 * 16 * 8 * 8
+    scores = keys * 2 * 32 * 1024  # against the 32 columns of a group, 8 agents' 4 rows of a kv head
+    values = keys * 2 * 16 * 32 * 8
     assert rebuilt / GFLOP == pytest.approx(34.4, abs=0.1)
     assert (work.flop - plain.flop) / LAYERS == rebuilt + scores + values
+    assert work.flop / LAYERS / GFLOP == pytest.approx(129, abs=0.5)
     assert work.num_bytes - plain.num_bytes == keys * 2048
 
 
@@ -48,14 +49,27 @@ def test_agents_of_one_adapter_rebuild_k_once_together() -> None:
     eight = Workload(context=32768, agents=32, adapters=8)
     work = shared_attention(LLAMA_3_1_8B, eight, 32, adapters=8, copies=1, has_residual=True)
     keys = 8 * 32768
-    expected = 1024 * 32768 * 128 * 4 + keys * (2 * 16 * 1024 + 2 * 16 * 1024 + 2 * 16 * 16 * 8)
-    assert work.flop / LAYERS == expected
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + keys * (2 * 16 * 1024 + 2 * 32 * 1024 + 2 * 16 * 32 * 8)
+
+
+def test_an_adapter_of_more_agents_than_a_group_holds_is_rebuilt_in_each() -> None:
+    one = Workload(context=32768, agents=32, adapters=1)
+    work = shared_attention(LLAMA_3_1_8B, one, 32, adapters=1, copies=1, has_residual=True)
+    assert work.num_bytes == 4 * 2**30 + 32768 * 2048
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 4 * 32768 * (2 * 16 * 1024 + 2 * 32 * 1024 + 2 * 16 * 32 * 8)
+
+
+def test_few_agents_are_padded_to_a_tile() -> None:
+    two = Workload(context=32768, agents=2, adapters=2)
+    work = shared_attention(LLAMA_3_1_8B, two, 2, adapters=2, copies=1, has_residual=True)
+    base = 16 * 8 * 32768 * 128 * 4
+    assert work.flop / LAYERS == base + 2 * 32768 * (2 * 16 * 1024 + 2 * 16 * 1024 + 2 * 16 * 16 * 8)
 
 
 def test_without_lora_on_k_nothing_is_rebuilt() -> None:
     no_k = Workload(context=32768, agents=32, adapters=32, lora=LoraShape(16, ("q", "v")))
     work = shared_attention(LLAMA_3_1_8B, no_k, 32, adapters=32, copies=1, has_residual=True)
-    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 32 * 32768 * 2 * 16 * 8 * 8
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 32 * 32768 * 2 * 16 * 128 * 8
 
 
 def test_isolated_copies_pad_the_rows_of_each() -> None:
