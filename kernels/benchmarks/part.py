@@ -41,10 +41,11 @@ def main() -> int:
     parser.add_argument("ops", nargs="+", help="Names of files beside this one.")
     parser.add_argument("--quick", action="store_true", help="Fewer repeats and shapes.")
     parser.add_argument("--rows", type=Path, help="Write rows here, one JSON object a line.")
+    parser.add_argument("--no-interpreter", action="store_true", help="Without a card: what a CPU runs otherwise.")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         rows_file = stack.enter_context(options.rows.open("a")) if options.rows else None
-        if is_tiny() and os.environ.get("TRITON_INTERPRET") == "1":
+        if is_tiny() and not options.no_interpreter and os.environ.get("TRITON_INTERPRET") == "1":
             stack.enter_context(interpreted())
         ran = [run_benchmark(name, options.quick, rows_file) for name in options.ops]
     return 0 if all(ran) else 1

@@ -22,13 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+END_TO_END = "end_to_end"
 FIRST = ("grouped", "decode", "extend", "lora")
 """Benchmarks that come first, in case time runs out: those with targets."""
 
@@ -55,19 +56,20 @@ def benchmark_names() -> list[str]:
 
     def order(name: str) -> tuple[bool, int, str]:
         found = next((i for i, stem in enumerate(FIRST) if stem in name), len(FIRST))
-        return name == "end_to_end", found, name
+        return name == END_TO_END, found, name
 
     return sorted(names, key=order)
 
 
-def tests_part(limit_s: float) -> Part | None:
+def tests_part(limit_s: float, folders: Sequence[str]) -> Part | None:
     """None where pytest is missing. Several processes where pytest-xdist is there: most of the time is compilation."""
     if importlib.util.find_spec("pytest") is None:
         return None
-    folder = str(ROOT / "tests" / "kernels")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", folder]
-    # The fixtures above that folder, and some tests in it, need the cluster's dependencies, which a bare host does not have.
-    command += ["--confcutdir", folder, "--continue-on-collection-errors"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("pydantic") is None:
+        # The fixtures above need the cluster's dependencies, which a bare host does not have.
+        command += ["--confcutdir", str(ROOT / "tests" / "kernels")]
+    command += folders
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     return Part("tests", tuple(command), limit_s)
@@ -76,16 +78,20 @@ def tests_part(limit_s: float) -> Part | None:
 def parts_of(options: argparse.Namespace, work: Path) -> list[Part]:
     """In the order in which they run."""
     facts = Part("facts", (sys.executable, str(HERE / "facts.py"), str(work / "facts.json")), 90)
-    tests = None if options.cpu else tests_part(options.tests_s)  # the interpreter's tests have a run of their own
+    tests = (
+        None if options.cpu else tests_part(options.tests_s, options.tests)
+    )  # the interpreter's tests have a run of their own
     rows = ("--rows", str(work / "rows.jsonl"))
     quick = ("--quick",) if options.quick or options.cpu else ()
     part = (sys.executable, str(HERE / "part.py"))
     names = benchmark_names()
     if options.cpu:  # one process: starting torch for each would take most of the time
-        chosen = [name for name in names if _is_chosen(name, options)]
+        chosen = [name for name in names if _is_chosen(name, options) and name != END_TO_END]
         benchmarks = [Part("benchmarks", (*part, *chosen, *quick, *rows), 300)] if chosen else []
+        if END_TO_END in names and _is_chosen(END_TO_END, options):  # whole engines: the interpreter would take minutes
+            benchmarks.append(Part(END_TO_END, (*part, END_TO_END, "--no-interpreter", *quick, *rows), 300))
     else:
-        limits = {"end_to_end": options.end_to_end_s}
+        limits = {END_TO_END: options.end_to_end_s}
         benchmarks = [
             Part(name, (*part, name, *quick, *rows), limits.get(name, options.benchmark_s))
             for name in names
@@ -232,6 +238,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="tests, or names of benchmarks; facts are always taken.")
     parser.add_argument("--skip", nargs="+", metavar="PART", help="The same names, to leave out.")
     parser.add_argument("--minutes", type=float, default=9.5, help="For all of it; parts that find no time left are skipped.")
+    parser.add_argument(
+        "--tests", nargs="+", default=["tests/kernels"], help="Folders of tests, of which those marked gpu run."
+    )
     parser.add_argument("--tests-s", type=float, default=180, help="Limit of the tests.")
     parser.add_argument("--benchmark-s", type=float, default=90, help="Limit of each kernel benchmark.")
     parser.add_argument("--end-to-end-s", type=float, default=200, help="Limit of the end-to-end runs.")

@@ -30,7 +30,7 @@ class Efficiency:
     """
 
     streaming: float = 0.85
-    decode_bytes: float = 0.85
+    decode_bytes: float = 0.9
     decode_flop: float = 0.5
     prefill: float = 0.85
     extend: float = 0.5
