@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +44,13 @@ def card() -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
         "cuda": torch.version.cuda,
     }
-    if shutil.which("nvidia-smi"):
-        query = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    query = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
         )
         facts["nvidia_smi"] = {"query": query, "answer": asked.stdout.strip()}
     return facts

@@ -76,7 +76,7 @@ def num_inputs(bytes_per_call: int, most: int = 16) -> int:
     """Input sets to rotate among so that none of them is still in the L2 cache when its turn comes again."""
     if is_tiny():
         return 1
-    cache = torch.cuda.get_device_properties(device()).L2_cache_size
+    cache = getattr(torch.cuda.get_device_properties(device()), "L2_cache_size", 64 << 20)
     return max(1, min(most, math.ceil(3 * cache / max(bytes_per_call, 1)) + 1))
 
 

@@ -16,7 +16,7 @@ from forkkv_cluster.core.cost_model.shapes import ELEMENT_BYTES, ModelShape, Wor
 
 ROW_TILE = 16
 """Rows of a matrix instruction: fewer are padded to it."""
-GROUP_COLUMNS, GROUP_COLUMNS_WITHOUT_K = 32, 128
+GROUP_COLUMNS, GROUP_COLUMNS_WITHOUT_K = 32, 64
 """Columns of a group, rows of agents times query heads of a kv head: few where each adapter's rebuilt K meets all of them."""
 
 

@@ -69,7 +69,7 @@ def test_few_agents_are_padded_to_a_tile() -> None:
 def test_without_lora_on_k_nothing_is_rebuilt() -> None:
     no_k = Workload(context=32768, agents=32, adapters=32, lora=LoraShape(16, ("q", "v")))
     work = shared_attention(LLAMA_3_1_8B, no_k, 32, adapters=32, copies=1, has_residual=True)
-    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 32 * 32768 * 2 * 16 * 128 * 8
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 32 * 32768 * 2 * 16 * 64 * 8
 
 
 def test_isolated_copies_pad_the_rows_of_each() -> None:
