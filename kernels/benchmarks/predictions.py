@@ -1,4 +1,6 @@
-"""What the cost model expects of each line of RESULTS.md: ``python kernels/benchmarks/predictions.py [H100 H200 ...]``.
+"""What the cost model expects of each line of RESULTS.md: ``python kernels/benchmarks/predictions.py [H100 H200 kit.json ...]``.
+
+Cards of the table, or the card that a run of the kit measured.
 
 Llama-3.1-8B, bf16, 32k shared tokens. A floor is what the card's ceilings allow, an expectation takes off what kernels usually
 lose (``core.cost_model.work.Efficiency``). A ratio is the baseline's time over ours.
@@ -6,6 +8,7 @@ lose (``core.cost_model.work.Efficiency``). A ratio is the baseline's time over 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,10 +87,19 @@ def end_to_end(card: Card) -> Iterator[Prediction]:
         yield Prediction("decode step of eager, batch 16", "2x of its floor", f"{1e3 * made.decode_step_floor_s:.1f} ms", step)
 
 
+def measured_card(path: Path) -> Card:
+    """From what the kit wrote."""
+    facts = json.loads(path.read_text())["facts"]
+    card = facts["card"]
+    return Card(
+        card["name"], card["memory_bytes"], facts["copy_tb_per_s"], facts["matmul_tflop_per_s"], f"measured, {path.name}"
+    )
+
+
 def main() -> None:
     for name in sys.argv[1:] or ["H100", "H200"]:
-        card = card_named(name)
-        print(f"{card.name}: {card.tb_per_s} TB/s, {card.tflop_per_s} TFLOP/s ({card.source})\n")
+        card = measured_card(Path(name)) if name.endswith(".json") else card_named(name)
+        print(f"{card.name}: {card.tb_per_s:.2f} TB/s, {card.tflop_per_s:.0f} TFLOP/s ({card.source})\n")
         print("| line | target | at the ceilings | expected |\n| --- | --- | --- | --- |")
         for made in predictions(card):
             print("| " + " | ".join(made) + " |")
