@@ -1,4 +1,4 @@
-"""What the cost model expects of each line of RESULTS.md: ``python kernels/benchmarks/predictions.py [H100 H200 kit.json ...]``.
+"""What the cost model expects of RESULTS.md's lines: ``python kernels/benchmarks/predictions.py [H100 H200 kit.json ...]``.
 
 Cards of the table, or the card that a run of the kit measured.
 
