@@ -87,9 +87,9 @@ def parts_of(options: argparse.Namespace, work: Path) -> list[Part]:
     names = benchmark_names()
     if options.cpu:  # one process: starting torch for each would take most of the time
         chosen = [name for name in names if _is_chosen(name, options) and name != END_TO_END]
-        benchmarks = [Part("benchmarks", (*part, *chosen, *quick, *rows), 300)] if chosen else []
+        benchmarks = [Part("benchmarks", (*part, *chosen, *quick, *rows), 600)] if chosen else []
         if END_TO_END in names and _is_chosen(END_TO_END, options):  # whole engines: the interpreter would take minutes
-            benchmarks.append(Part(END_TO_END, (*part, END_TO_END, "--no-interpreter", *quick, *rows), 300))
+            benchmarks.append(Part(END_TO_END, (*part, END_TO_END, "--no-interpreter", *quick, *rows), 600))
     else:
         limits = {END_TO_END: options.end_to_end_s}
         benchmarks = [
@@ -182,11 +182,11 @@ def short_table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{card}; torch {host.get('torch')}, triton {host.get('triton')}; copy {number(facts.get('copy_tb_per_s'), 2)} TB/s, "
         f"matmul {number(facts.get('matmul_tflop_per_s'), 0)} TFLOP/s; commit {report['commit']}, source {report['source']}",
-        f"{'op':<17} {'what':<58} {'ms':>9} {'baseline':>9} {'ratio':>6} {'target':>6} {'floor':>8}  outcome, note",
+        f"{'op':<17} {'what':<76} {'ms':>9} {'baseline':>9} {'ratio':>6} {'target':>6} {'floor':>8}  outcome, note",
     ]
     for row in (row for part in report["parts"] for row in part["rows"]):
         lines.append(
-            f"{row['op'].removeprefix('residual_')[:17]:<17} {row['name'][:58]:<58} "
+            f"{row['op'].removeprefix('residual_')[:17]:<17} {row['name'][:76]:<76} "
             f"{number(row['ms'], 4):>9} {number(row['baseline_ms'], 4):>9} "
             f"{number(row['ratio'], 2):>6} {number(row['target'], 2):>6} {number(row['floor_ms'], 4):>8}  "
             f"{verdict(row, bool(facts.get('card')))} {row['note']}".rstrip()
