@@ -51,7 +51,8 @@ def test_the_covering_set_has_every_kernel_on_both_architectures() -> None:
     }
     by_module = variants_by_module()
     jobs = covering_jobs(most=40)
-    covered = {(job.module.rsplit(".")[-1], by_module[job.module][job.index].kernel.__name__, job.arch) for job in jobs}
+    functions = [(by_module[job.module][job.index].kernel.fn, job.arch) for job in jobs]
+    covered = {(function.__module__.rsplit(".")[-1], function.__name__, arch) for function, arch in functions}
     assert covered == {(*kernel, arch) for kernel in kernels for arch in COVERING_ARCHS}
     assert len(jobs) <= 40
     assert len({(job.module, job.index, job.arch) for job in jobs}) == len(jobs)
@@ -85,6 +86,8 @@ def test_spilled_registers_are_seen_as_local_memory() -> None:
     assert made.local_bytes > 0
     assert over_budget(spilling, made) == [f"sum on sm_80: {made.local_bytes} bytes of local memory (spills), more than 0"]
     assert over_budget(spilling._replace(max_local_bytes=made.local_bytes), made) == []
+    assert over_budget(spilling._replace(max_local_bytes={80: made.local_bytes}), made) == []
+    assert len(over_budget(spilling._replace(max_local_bytes={90: made.local_bytes}), made)) == 1
 
 
 def test_each_exceeded_budget_is_named() -> None:

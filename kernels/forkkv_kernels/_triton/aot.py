@@ -40,8 +40,8 @@ class AotVariant(NamedTuple):
     num_warps: int
     num_stages: int
     name: str
-    max_local_bytes: int = 0
-    """Bytes of local memory that a thread may spill."""
+    max_local_bytes: int | Mapping[int, int] = 0
+    """Bytes of local memory that a thread may spill; a mapping: by compute capability, none on those that it does not name."""
     max_registers: int = 255
     archs: tuple[int, ...] | None = None
     """Compute capabilities that use this variant; None: all."""
@@ -79,10 +79,12 @@ def compile_variant(variant: AotVariant, arch: int) -> Resources:
 
 def over_budget(variant: AotVariant, resources: Resources) -> list[str]:
     """One sentence for each limit that the cubin exceeds; empty where it keeps them all."""
+    spills = variant.max_local_bytes
+    max_local_bytes = spills if isinstance(spills, int) else spills.get(resources.arch, 0)
     limits = (
         ("bytes of shared memory", resources.shared_bytes, MAX_SHARED_BYTES[resources.arch]),
         ("registers", resources.registers, variant.max_registers),
-        ("bytes of local memory (spills)", resources.local_bytes, variant.max_local_bytes),
+        ("bytes of local memory (spills)", resources.local_bytes, max_local_bytes),
     )
     return [
         f"{resources.name} on sm_{resources.arch}: {used} {what}, more than {limit}"
