@@ -90,6 +90,15 @@ def test_spilled_registers_are_seen_as_local_memory() -> None:
     assert len(over_budget(spilling._replace(max_local_bytes={90: made.local_bytes}), made)) == 1
 
 
+@pytest.mark.parametrize(
+    ("budget", "arch", "is_over"),
+    [(8, 80, True), (9, 80, False), (0, 120, False), ({120: 8}, 120, True), ({90: 9}, 90, False), ({90: 9}, 80, True)],
+)
+def test_spills_are_refused_on_the_cards_that_blocks_were_chosen_for(budget: object, arch: int, is_over: bool) -> None:
+    made = Resources("sum", arch, registers=40, shared_bytes=0, local_bytes=9, cubin=b"")
+    assert bool(over_budget(_variant(max_local_bytes=budget), made)) is is_over
+
+
 def test_each_exceeded_budget_is_named() -> None:
     made = Resources("sum", 89, registers=200, shared_bytes=101_377, local_bytes=0, cubin=b"")
     assert over_budget(_variant(max_registers=128), made) == [

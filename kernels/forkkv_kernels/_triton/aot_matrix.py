@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import forkkv_kernels._triton as package
-from forkkv_kernels._triton.aot import AotVariant, compile_variant, over_budget
+from forkkv_kernels._triton.aot import TUNED_ARCHS, AotVariant, compile_variant, over_budget
 
-COVERING_ARCHS = (80, 90)
+COVERING_ARCHS = TUNED_ARCHS
 ALL_ARCHS = (80, 89, 90, 100, 120)
 
 
