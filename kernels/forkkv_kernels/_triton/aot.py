@@ -45,8 +45,8 @@ class AotVariant(NamedTuple):
     num_stages: int
     name: str
     max_local_bytes: int | Mapping[int, int] = 0
-    """Bytes of local memory that a thread may spill on ``TUNED_ARCHS``; a mapping: by compute capability, 0 where one of those is
-    left out. On other cards spills are reported, not refused: blocks were chosen for none of them."""
+    """Bytes of local memory that a thread may spill on ``TUNED_ARCHS``; a mapping: by compute capability, 0 where it leaves out
+    one of those. On other cards spills are reported, not refused: blocks were chosen for none of them."""
     max_registers: int = 255
     archs: tuple[int, ...] | None = None
     """Compute capabilities that use this variant; None: all."""
