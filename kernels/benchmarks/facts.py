@@ -59,7 +59,11 @@ def card() -> dict[str, Any]:
 def main() -> None:
     found = {"host": host(), "card": card()}
     if found["card"]:
-        found |= {"copy_tb_per_s": harness.copy_tb_per_s(), "matmul_tflop_per_s": harness.matmul_tflop_per_s()}
+        found |= {
+            "copy_tb_per_s": harness.copy_tb_per_s(),
+            "read_tb_per_s": harness.read_tb_per_s(),
+            "matmul_tflop_per_s": harness.matmul_tflop_per_s(),
+        }
     Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
 
 

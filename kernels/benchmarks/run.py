@@ -11,6 +11,7 @@ are measured. A short table comes last; all numbers go to OUT/kit.json, the part
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -30,6 +31,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 END_TO_END = "end_to_end"
+GRACE_S = 10
+"""For a part to say where it stood when its time was over."""
 FIRST = ("grouped", "decode", "extend", "lora")
 """Benchmarks that come first, in case time runs out: those with targets."""
 
@@ -65,13 +68,25 @@ def tests_part(limit_s: float, folders: Sequence[str]) -> Part | None:
     """None where pytest is missing. Several processes where pytest-xdist is there: most of the time is compilation."""
     if importlib.util.find_spec("pytest") is None:
         return None
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--continue-on-collection-errors"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-m",
+        "gpu",
+        "--continue-on-collection-errors",
+    ]
     if importlib.util.find_spec("pydantic") is None:
         # The fixtures above need the cluster's dependencies, which a bare host does not have.
         command += ["--confcutdir", str(ROOT / "tests" / "kernels")]
     command += folders
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(6, os.cpu_count() or 1))]
     return Part("tests", tuple(command), limit_s)
 
 
@@ -123,8 +138,7 @@ def run_part(part: Part, deadline: float, env: Mapping[str, str], work: Path, lo
             status = "ok" if process.wait(limit_s) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "timeout"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
         output.seek(0)
         text = output.read()
     seconds = time.monotonic() - start
@@ -133,6 +147,16 @@ def run_part(part: Part, deadline: float, env: Mapping[str, str], work: Path, lo
     rows = [json.loads(line) for line in rows_path.read_text().splitlines()]
     print(f"[kit] {part.name}: {status}, {seconds:.1f} s, {len(rows)} rows", flush=True)
     return Outcome(part.name, status, seconds, text[-4000:], rows)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C first: pytest then says which tests failed so far, and Python where it stands. Then the whole group."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def environment(cpu: bool) -> dict[str, str]:
@@ -181,6 +205,7 @@ def short_table(report: Mapping[str, Any]) -> str:
     host = facts.get("host") or {}
     lines = [
         f"{card}; torch {host.get('torch')}, triton {host.get('triton')}; copy {number(facts.get('copy_tb_per_s'), 2)} TB/s, "
+        f"read {number(facts.get('read_tb_per_s'), 2)} TB/s, "
         f"matmul {number(facts.get('matmul_tflop_per_s'), 0)} TFLOP/s; commit {report['commit']}, source {report['source']}",
         f"{'op':<17} {'what':<76} {'ms':>9} {'baseline':>9} {'ratio':>6} {'target':>6} {'floor':>8}  outcome, note",
     ]

@@ -61,6 +61,13 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_its_rows(kit: Mo
         pytest.fail("the child still runs")
 
 
+def test_a_part_says_where_it_stood_when_its_time_was_over(kit: ModuleType, tmp_path: Path) -> None:
+    trap = "trap 'echo was at test 7; exit 1' INT; echo started; while true; do sleep 0.1; done"
+    part = kit.Part("part", ("sh", "-c", trap), 2)
+    outcome = kit.run_part(part, time.monotonic() + 60, kit.environment(cpu=True), tmp_path, tmp_path / "kit.log")
+    assert (outcome.status, outcome.output.split("\n")[:2]) == ("timeout", ["started", "was at test 7"])
+
+
 def test_a_part_that_fails_says_with_what(kit: ModuleType, tmp_path: Path) -> None:
     outcome = run_part(kit, tmp_path, "raise SystemExit('no such card')")
     assert (outcome.status, outcome.output.strip()) == ("failed", "no such card")
