@@ -6,6 +6,7 @@ kernels are Python functions and nothing can be compiled.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -21,6 +22,9 @@ KIB = 1024
 MAX_SHARED_BYTES = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB, 120: 99 * KIB}
 """Shared memory that one thread block may ask for, by compute capability (CUDA C++ Programming Guide, "Technical
 Specifications per Compute Capability")."""
+
+TUNED_ARCHS = (80, 90)
+"""Cards whose cubins may not spill without saying so."""
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _DIVISIBLE = re.compile(r"(?P<type>.+):16$")
@@ -40,8 +44,9 @@ class AotVariant(NamedTuple):
     num_warps: int
     num_stages: int
     name: str
-    max_local_bytes: int = 0
-    """Bytes of local memory that a thread may spill."""
+    max_local_bytes: int | Mapping[int, int] = 0
+    """Bytes of local memory that a thread may spill on ``TUNED_ARCHS``; a mapping: by compute capability, 0 where it leaves out
+    one of those. On other cards spills are reported, not refused: blocks were chosen for none of them."""
     max_registers: int = 255
     archs: tuple[int, ...] | None = None
     """Compute capabilities that use this variant; None: all."""
@@ -82,13 +87,19 @@ def over_budget(variant: AotVariant, resources: Resources) -> list[str]:
     limits = (
         ("bytes of shared memory", resources.shared_bytes, MAX_SHARED_BYTES[resources.arch]),
         ("registers", resources.registers, variant.max_registers),
-        ("bytes of local memory (spills)", resources.local_bytes, variant.max_local_bytes),
+        ("bytes of local memory (spills)", resources.local_bytes, _max_local_bytes(variant, resources.arch)),
     )
     return [
         f"{resources.name} on sm_{resources.arch}: {used} {what}, more than {limit}"
         for what, used, limit in limits
         if used > limit
     ]
+
+
+def _max_local_bytes(variant: AotVariant, arch: int) -> float:
+    budget = variant.max_local_bytes
+    by_arch = budget if isinstance(budget, Mapping) else dict.fromkeys(TUNED_ARCHS, budget)
+    return by_arch.get(arch, 0 if arch in TUNED_ARCHS else math.inf)
 
 
 def _source(variant: AotVariant) -> ASTSource:
