@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from forkkv_kernels.ops.qk_norm import KeyScale
 from forkkv_kernels.launch import use_triton
+from forkkv_kernels.ops.qk_norm import KeyScale
 from forkkv_kernels.ops.residual_attention import reconstruct_k, reconstruct_v
 from torch import Tensor
 

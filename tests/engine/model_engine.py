@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from forkkv_cluster.testing.manual_clock import ManualClock
 from tests.engine.harness import FakeEngine
 
 NUM_TOP = 5
+HAS_TABLES = True if os.environ.get("FORKKV_TEST_TABLES") == "1" else None
+"""The same tests, on the path that a GPU takes."""
 
 
 class ModelEngine(FakeEngine):
@@ -33,7 +36,8 @@ class ModelEngine(FakeEngine):
         **scheduler: int,
     ) -> None:
         self.page_size = page_size
-        self.runner = TorchRunner.from_directory(model_dir, dtype="float32", device="cpu", page_size=page_size)  # type: ignore[assignment]
+        options = {"dtype": "float32", "device": "cpu", "page_size": page_size, "has_tables": HAS_TABLES}
+        self.runner = TorchRunner.from_directory(model_dir, **options)  # type: ignore[assignment]
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 64, "max_num_seqs": 16, **scheduler})
         kv_bytes = num_slabs * self.runner.geometry.slab_bytes

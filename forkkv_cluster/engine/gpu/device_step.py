@@ -75,7 +75,7 @@ class DeviceStep:
 
     def _capture(self, step: _Captured, sizes: StepSizes) -> None:
         """Runs the step first, on a stream of its own: kernels are compiled, libraries take their workspaces."""
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._run(sizes, step.tables.device)
@@ -91,7 +91,8 @@ class DeviceStep:
             base_slots=tables["base_slots"].long(),
             output_rows=tables["output_rows"].long(),
         )
-        attention = TabledAttention(sizes, tables, self._stacks, self._kv, self._rotary)
+        has_key_scale = self._model.config.qk_norm
+        attention = TabledAttention(sizes, tables, self._stacks, self._kv, self._rotary, has_key_scale)
         lora = TiledLora(tables, sizes.lora, sizes.writes, self._stacks, self._kv, self._model.config)
         return self._model.forward(rows, attention, lora, self._kv)
 

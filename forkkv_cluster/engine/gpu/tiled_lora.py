@@ -48,8 +48,7 @@ class TiledLora:
             lora_expand_tiles_(out, lora_shrink_tiles(x, stacks, tiles), stacks, tiles)
 
     def store_residuals(self, index: int, x: Tensor, k: Tensor) -> None:
-        """x A_k and x A_v of every residual write, and under QK-norm what rescales K, from x [T, H] and k [T, Hkv, D] before its
-        norm."""
+        """x A_k and x A_v of every residual write, and under QK-norm what rescales K. k [T, Hkv, D] before its norm."""
         if self._write_tiles is None or self._slots is None:
             return
         stacks, residual = self._stacks.lora(index)["qkv"], self._stacks.residual(index)
