@@ -12,6 +12,7 @@ from torch import Tensor
 from forkkv_cluster.core.config import SchedulerConfig
 from forkkv_cluster.core.request import AdapterRef, ContextRequest, GenerateRequest, TokenLogprob
 from forkkv_cluster.engine.engine import Engine
+from forkkv_cluster.engine.gpu import shared_runs
 from forkkv_cluster.engine.outputs import StepOutput
 from forkkv_cluster.engine.torch_runner import TorchRunner
 from forkkv_cluster.testing.manual_clock import ManualClock
@@ -20,6 +21,8 @@ from tests.engine.harness import FakeEngine
 NUM_TOP = 5
 HAS_TABLES = True if os.environ.get("FORKKV_TEST_TABLES") == "1" else None
 """The same tests, on the path that a GPU takes."""
+if HAS_TABLES:
+    shared_runs.MIN_RUN_TOKENS = 1  # contexts of tests are short
 
 
 class ModelEngine(FakeEngine):

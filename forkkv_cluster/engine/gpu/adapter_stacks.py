@@ -40,8 +40,8 @@ class ResidualStacks:
 
 
 class AdapterStacks:
-    """All of it for ``num_slots`` adapters of ranks up to ``rank``, which target modules of ``groups``. All grow with what is
-    held.
+    """All of it for ``num_slots`` adapters of ranks up to ``rank``, which target modules of ``groups``, and k where ``has_k``.
+    All grow with what is held.
 
     ``version`` changes with that: memory has moved, or is looked at that was not; who captured a step must do so again.
     """
@@ -52,6 +52,7 @@ class AdapterStacks:
         self._held: dict[int, AdapterWeights] = {}
         self.version = 0
         self.groups: frozenset[str] = frozenset()
+        self.has_k = False
         self._has_bias = False
         self._allocate(1, MIN_RANK)
 
@@ -69,8 +70,10 @@ class AdapterStacks:
         groups = {name: group for layer in weights.layers for name, group in layer.by_group().items() if group is not None}
         has_bias = self._has_bias or any(group.ones is not None for group in groups.values())
         num_slots, rank = max(slot + 1, self.num_slots), max(_largest_rank(weights), self.rank)
-        if not groups.keys() <= self.groups:
+        has_k = self.has_k or any(layer.k is not None for layer in weights.layers)
+        if has_k != self.has_k or not groups.keys() <= self.groups:
             self.version += 1
+            self.has_k = has_k
             self.groups |= groups.keys()
         if num_slots > self.num_slots or rank > self.rank or has_bias > self._has_bias:
             self.version += 1

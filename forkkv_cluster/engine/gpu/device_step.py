@@ -17,6 +17,7 @@ from forkkv_cluster.engine.adapters import AdapterSlots
 from forkkv_cluster.engine.batch import Batch
 from forkkv_cluster.engine.gpu.adapter_stacks import AdapterStacks
 from forkkv_cluster.engine.gpu.packed_tables import PackedTables
+from forkkv_cluster.engine.gpu.step_plan import StepPlan
 from forkkv_cluster.engine.gpu.step_sizes import MAX_DECODE_ROWS, StepSizes
 from forkkv_cluster.engine.gpu.tabled_attention import TabledAttention
 from forkkv_cluster.engine.gpu.tiled_lora import TiledLora
@@ -39,11 +40,12 @@ class DeviceStep:
     def forward(self, batch: Batch) -> Tensor:
         """Run all rows, write their KV; last hidden states [R + n, H] of logit and scored rows. Valid until the next step."""
         self._hold_adapters(batch)
-        sizes = StepSizes.of(batch)
+        plan = StepPlan.of(batch, self._kv.geometry.page_size)
+        sizes = StepSizes.of(plan, self._kv.geometry.num_kv_heads)
         if sizes.only_decodes and sizes.num_rows <= MAX_DECODE_ROWS:
-            return self._decode(batch, sizes)
+            return self._decode(plan, sizes)
         tables = PackedTables(sizes.shapes(), self._device)
-        sizes.fill(tables.host, batch)
+        sizes.fill(tables.host, plan)
         tables.upload()
         return self._run(sizes, tables.device)
 
@@ -57,12 +59,12 @@ class DeviceStep:
             self._version = self._stacks.version
             self._captured.clear()
 
-    def _decode(self, batch: Batch, sizes: StepSizes) -> Tensor:
+    def _decode(self, plan: StepPlan, sizes: StepSizes) -> Tensor:
         rounded = sizes.rounded(self._stacks.num_slots)
         step = self._captured.get(rounded)
         if step is None:
             step = self._captured[rounded] = _Captured(PackedTables(rounded.shapes(), self._device))
-        rounded.fill(step.tables.host, batch)
+        rounded.fill(step.tables.host, plan)
         step.tables.upload()
         if self._device.type != "cuda":
             return self._run(rounded, step.tables.device)[: sizes.num_outputs]

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from forkkv_kernels.ops.lora_tiles import LoraTiles, max_tiles
+from forkkv_kernels.ops.residual_attention_grouped import SharedRuns
 from torch import Tensor
 
 from forkkv_cluster.engine.batch import AttentionSpan, Batch, IntArray
 from forkkv_cluster.engine.gpu.packed_tables import Int32Array
+from forkkv_cluster.engine.gpu.shared_runs import SharedRun
 
 NOWHERE = -1
 SHORT_TILE, LONG_TILE = 16, 64
@@ -71,6 +73,54 @@ def fill_spans(tables: Mapping[str, Int32Array], prefix: str, spans: Sequence[At
             table("residual_lens")[number] = span.residual.num_tokens
             table("adapters")[number] = span.residual.adapter_slot
     table("query_starts")[len(spans) :] = row
+
+
+@dataclass(frozen=True, slots=True)
+class RunSizes:
+    """Runs of pages that decode rows share: how many, members of each at most (a power of two), subgroups in all, runs on one
+    path at most."""
+
+    num_groups: int
+    num_members: int
+    num_subgroups: int
+    depth: int
+
+    @classmethod
+    def of(cls, runs: Sequence[SharedRun]) -> RunSizes:
+        return cls(
+            len(runs),
+            1 << (max(len(run.members) for run in runs) - 1).bit_length(),
+            max(sum(len(run.subgroups) for run in runs), 1),
+            max(run.depth for run in runs) + 1,
+        )
+
+    def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{prefix}.groups": (self.num_groups, 6),
+            f"{prefix}.members": (self.num_groups, self.num_members),
+            f"{prefix}.subgroups": (self.num_subgroups, 4),
+        }
+
+    def runs(self, tables: Mapping[str, Tensor], prefix: str) -> SharedRuns:
+        return SharedRuns(*(tables[name] for name in self.shapes(prefix)))
+
+
+def fill_shared_runs(
+    tables: Mapping[str, Int32Array], prefix: str, runs: Sequence[SharedRun], first_split: int, splits_of_run: int
+) -> None:
+    """Tables of ``RunSizes.shapes``. The results of a run at depth d go to splits from first_split + d * splits_of_run on."""
+    groups, members, subgroups = (tables[f"{prefix}.{name}"] for name in ("groups", "members", "subgroups"))
+    groups[:] = 0
+    members[:] = NOWHERE
+    used = 0
+    for number, run in enumerate(runs):
+        end = used + len(run.subgroups)
+        split = first_split + run.depth * splits_of_run
+        groups[number] = (run.start, run.end - run.start, run.members[0], split, used, end)
+        members[number, : len(run.members)] = run.members
+        for subgroup in run.subgroups:
+            subgroups[used] = (subgroup.adapter_slot, subgroup.first, subgroup.end, subgroup.sequence)
+            used += 1
 
 
 @dataclass(frozen=True, slots=True)

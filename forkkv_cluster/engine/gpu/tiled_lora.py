@@ -9,12 +9,10 @@ from forkkv_kernels.ops.store_residuals import KeyScaleTables, ResidualTables, s
 from torch import Tensor
 
 from forkkv_cluster.engine.gpu.adapter_stacks import AdapterStacks
+from forkkv_cluster.engine.gpu.step_sizes import LORA, WRITES
 from forkkv_cluster.engine.gpu.step_tables import TileSizes
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.models.config import ModelConfig
-
-LORA, WRITES = "lora", "writes"
-"""Prefixes of the tables: of rows that run with an adapter, and of rows whose residual is written."""
 
 
 class TiledLora:
