@@ -36,11 +36,13 @@ class ModelEngine(FakeEngine):
         num_slabs: int = 400,
         *,
         merged_share: float = 0.5,
+        device: str = "cpu",
+        has_tables: bool | None = None,
         **scheduler: int,
     ) -> None:
         self.page_size = page_size
-        options = {"dtype": "float32", "device": "cpu", "page_size": page_size, "has_tables": HAS_TABLES}
-        self.runner = TorchRunner.from_directory(model_dir, **options)  # type: ignore[assignment]
+        options = {"has_tables": HAS_TABLES if has_tables is None else has_tables, "page_size": page_size}
+        self.runner = TorchRunner.from_directory(model_dir, dtype="float32", device=device, **options)  # type: ignore[assignment]
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 64, "max_num_seqs": 16, **scheduler})
         kv_bytes = num_slabs * self.runner.geometry.slab_bytes
