@@ -27,6 +27,11 @@ from forkkv_cluster.engine.models.decoder import Decoder
 from forkkv_cluster.engine.step_inputs import StepRows
 
 
+COLUMNS, COLUMNS_WITH_K = 64, 32
+"""Query heads of a kv head, of all members of a run together. K of an adapter is built for its own members alone, so that more
+programs with fewer members lose little, and fit in registers; without it the base tile is read less often by more."""
+
+
 class DeviceStep:
     """Runs batches of one model over one arena."""
 
@@ -40,7 +45,7 @@ class DeviceStep:
     def forward(self, batch: Batch) -> Tensor:
         """Run all rows, write their KV; last hidden states [R + n, H] of logit and scored rows. Valid until the next step."""
         self._hold_adapters(batch)
-        plan = StepPlan.of(batch, self._kv.geometry.page_size)
+        plan = StepPlan.of(batch, self._kv.geometry.page_size, self._max_members)
         sizes = StepSizes.of(plan, self._kv.geometry.num_kv_heads)
         if sizes.only_decodes and sizes.num_rows <= MAX_DECODE_ROWS:
             return self._decode(plan, sizes)
@@ -48,6 +53,13 @@ class DeviceStep:
         sizes.fill(tables.host, plan)
         tables.upload()
         return self._run(sizes, tables.device)
+
+    @property
+    def _max_members(self) -> int:
+        """Of a shared run, by the columns that their query heads make in a program."""
+        columns = COLUMNS_WITH_K if self._stacks.has_k else COLUMNS
+        config = self._model.config
+        return max(1, columns * config.num_kv_heads // config.num_heads)
 
     def _hold_adapters(self, batch: Batch) -> None:
         slots = {segment.adapter_slot for segment in batch.lora_segments}

@@ -16,9 +16,6 @@ from forkkv_cluster.engine.batch import AttentionSpan, IntArray
 MIN_RUN_TOKENS = 256
 """Shorter stretches are read with the tails: a run costs a program and one partial result a row more."""
 
-MAX_MEMBERS = 32
-"""Of one run: their query heads are rows of one matrix product, 128 with four to a kv head. More are several runs."""
-
 MAX_DEPTH = 2
 """Runs that lie one behind the other on a path, at most; what is shared below is read by each."""
 
@@ -45,33 +42,43 @@ class SharedRun:
     subgroups: tuple[Subgroup, ...]
 
 
-def find_shared_runs(spans: Sequence[AttentionSpan], page_size: int) -> tuple[list[SharedRun], IntArray]:
-    """Of sequences with one row each: their runs, and for each sequence the first token behind its last run, [N] int64."""
+def find_shared_runs(spans: Sequence[AttentionSpan], page_size: int, max_members: int) -> tuple[list[SharedRun], IntArray]:
+    """Of sequences with one row each: their runs, and for each sequence the first token behind its last run, [N] int64.
+
+    ``max_members`` of a run: more that share a stretch are several runs over it.
+    """
     own_starts = np.zeros(len(spans), dtype=np.int64)
-    runs = list(_walk(spans, list(range(len(spans))), 0, 0, page_size))
+    walk = _Walk(spans, page_size, max_members)
+    runs = list(walk.runs(list(range(len(spans))), 0, 0))
     for run in runs:
         own_starts[list(run.members)] = np.maximum(own_starts[list(run.members)], run.end)
     return runs, own_starts
 
 
-def _walk(
-    spans: Sequence[AttentionSpan], members: Sequence[int], first_page: int, depth: int, page_size: int
-) -> Iterator[SharedRun]:
-    """Runs from ``first_page`` on of sequences that share all pages before it."""
-    if depth == MAX_DEPTH:
-        return
-    by_page: dict[int, list[int]] = {}
-    for member in members:
-        pages = spans[member].pages
-        if first_page < len(pages):
-            by_page.setdefault(int(pages[first_page]), []).append(member)
-    for group in by_page.values():
-        end = _shared_end(spans, group, first_page, page_size) if len(group) > 1 else first_page
-        if (end - first_page) * page_size >= MIN_RUN_TOKENS:
-            ordered = sorted(group, key=lambda member: _adapter(spans[member]))  # stable: agents of one adapter side by side
-            for first in range(0, len(ordered), MAX_MEMBERS):
-                yield _run(spans, ordered[first : first + MAX_MEMBERS], first_page * page_size, end * page_size, depth)
-            yield from _walk(spans, group, end, depth + 1, page_size)
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    spans: Sequence[AttentionSpan]
+    page_size: int
+    max_members: int
+
+    def runs(self, members: Sequence[int], first_page: int, depth: int) -> Iterator[SharedRun]:
+        """Runs from ``first_page`` on of sequences that share all pages before it."""
+        if depth == MAX_DEPTH:
+            return
+        by_page: dict[int, list[int]] = {}
+        for member in members:
+            pages = self.spans[member].pages
+            if first_page < len(pages):
+                by_page.setdefault(int(pages[first_page]), []).append(member)
+        for group in by_page.values():
+            end = _shared_end(self.spans, group, first_page, self.page_size) if len(group) > 1 else first_page
+            if (end - first_page) * self.page_size >= MIN_RUN_TOKENS:
+                bounds = first_page * self.page_size, end * self.page_size
+                # Agents of one adapter side by side; the sort is stable.
+                ordered = sorted(group, key=lambda member: _adapter(self.spans[member]))
+                for first in range(0, len(ordered), self.max_members):
+                    yield _run(self.spans, ordered[first : first + self.max_members], *bounds, depth)
+                yield from self.runs(group, end, depth + 1)
 
 
 def _adapter(span: AttentionSpan) -> int:

@@ -26,10 +26,11 @@ class StepPlan:
     writes: list[Run]
 
     @classmethod
-    def of(cls, batch: Batch, page_size: int) -> StepPlan:
+    def of(cls, batch: Batch, page_size: int, max_members: int) -> StepPlan:
+        """``max_members``: of a shared run."""
         spans = [span for span in batch.attention if span.num_rows]
         decode = [span for span in spans if span.num_rows == 1]
-        shared, own_starts = find_shared_runs(decode, page_size)
+        shared, own_starts = find_shared_runs(decode, page_size, max_members)
         extend = [span for span in spans if span.num_rows > 1]
         return cls(batch, decode, extend, shared, own_starts, lora_runs(batch), write_runs(batch))
 

@@ -144,8 +144,8 @@ def _num_splits(num_programs: int, longest: int) -> int:
     """A power of two, so that few numbers of splits are captured."""
     if num_programs == 0 or longest == 0:
         return 1
-    wanted = min(-(-_PROGRAMS // num_programs), -(-longest // _MIN_SPLIT_TOKENS), _MAX_SPLITS)
-    return _power_of_two(max(wanted, 1))
+    wanted = min(_PROGRAMS // num_programs, longest // _MIN_SPLIT_TOKENS, _MAX_SPLITS)
+    return 1 << (max(wanted, 1).bit_length() - 1)
 
 
 def _rounded_rows(num_rows: int) -> int:
