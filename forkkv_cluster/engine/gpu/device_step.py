@@ -26,7 +26,6 @@ from forkkv_cluster.engine.layers.rotary import RotaryTable
 from forkkv_cluster.engine.models.decoder import Decoder
 from forkkv_cluster.engine.step_inputs import StepRows
 
-
 COLUMNS, COLUMNS_WITH_K = 64, 32
 """Query heads of a kv head, of all members of a run together. K of an adapter is built for its own members alone, so that more
 programs with fewer members lose little, and fit in registers; without it the base tile is read less often by more."""
