@@ -29,9 +29,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidualStacks:
     """What attention adds to one layer's base K and V, by slot: b_k, b_v [A, R, Hkv, D], rows beyond a rank zero; ranks [A, 2];
-    rank_class, norm_column, change_column [A] (columns -1 without QK-norm). int32 but for the factors."""
+    rank_class, norm_column, change_column [A] (columns -1 without QK-norm). int32 but for the factors. decode_b_k is b_k in
+    fp16 where that is bf16: what it makes is fp16 in any case, and a conversion a tile is spared."""
 
     b_k: Tensor
+    decode_b_k: Tensor
     b_v: Tensor
     ranks: Tensor
     rank_class: Tensor
@@ -94,8 +96,9 @@ class AdapterStacks:
     def _new_residual(self, rank_class: Tensor) -> ResidualStacks:
         shape = (self.num_slots, self.rank, self._geometry.num_kv_heads, self._geometry.head_dim)
         b_k, b_v = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2))
+        decode_b_k = b_k.half() if self._dtype == torch.bfloat16 else b_k
         columns = (self._integers(self.num_slots, fill=-1) for _ in range(2))
-        return ResidualStacks(b_k, b_v, self._integers(self.num_slots, 2), rank_class, *columns)
+        return ResidualStacks(b_k, decode_b_k, b_v, self._integers(self.num_slots, 2), rank_class, *columns)
 
     def _new_lora(self, modules: Sequence[str]) -> LoraStacks:
         sizes = module_shapes(self._config)
@@ -116,6 +119,7 @@ class AdapterStacks:
             for plane, (stack, part) in enumerate(zip((residual.b_k, residual.b_v), parts, strict=True)):
                 _put(stack[slot].flatten(1), part.shared_b if part is not None else None)
                 residual.ranks[slot, plane] = part.rank if part is not None else 0
+            residual.decode_b_k[slot].copy_(residual.b_k[slot])
             for column, part in zip((residual.norm_column, residual.change_column), parts, strict=True):
                 rank = part.rank if part is not None else 0
                 column[slot] = rank if layer.has_key_scale else -1

@@ -12,7 +12,6 @@ from forkkv_kernels.ops.residual_attention_extend import (
     ExtendResiduals,
     ExtendRows,
     residual_attention_extend,
-    workspace_shape,
 )
 from forkkv_kernels.ops.residual_attention_grouped import residual_attention_grouped
 from torch import Tensor
@@ -22,12 +21,6 @@ from forkkv_cluster.engine.gpu.step_sizes import DECODE, EXTEND, StepSizes
 from forkkv_cluster.engine.gpu.step_tables import SpanSizes
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
-
-_WORKSPACE_ROWS = 64
-"""Rows of a sequence, on average, from which K and V with the residual are built once instead of by every block of rows."""
-
-_MAX_WORKSPACE_ELEMS = 1 << 30
-"""2 GiB in bf16: 16 sequences of 32k tokens on Llama-3.1-8B. 128 rows of each take an H100 4.9 ms a layer so, 8.5 without."""
 
 
 class TabledAttention:
@@ -42,7 +35,6 @@ class TabledAttention:
         self._has_key_scale = has_key_scale
         self._is_mixed = sizes.decode is not None and sizes.extend is not None
         self._rows = {prefix: tables[f"{prefix}.rows"].long() for prefix in (DECODE, EXTEND)} if self._is_mixed else {}
-        self._workspace: Tensor | None = None
         self._partials: Partials | None = None
 
     def run(self, layer: int, q: Tensor) -> Tensor:
@@ -93,7 +85,7 @@ class TabledAttention:
             "pages": tables[f"{prefix}.residual_pages"],
             "lens": tables[f"{prefix}.residual_lens"],
             "adapters": tables[f"{prefix}.adapters"],
-            "b_k": stacks.b_k,
+            "b_k": stacks.decode_b_k if prefix == DECODE else stacks.b_k,
             "b_v": stacks.b_v,
             "ranks": stacks.ranks,
             "rank_class": stacks.rank_class,
@@ -105,8 +97,7 @@ class TabledAttention:
     def _extend(self, layer: int, q: Tensor) -> Tensor:
         assert self._sizes.extend is not None
         rows, residuals = self._extend_tables(self._sizes.extend, layer)
-        workspace = self._workspace_for(rows, residuals, q) if residuals is not None else None
-        out: Tensor = residual_attention_extend(q, *self._kv.planes(layer), rows, q.shape[-1] ** -0.5, residuals, workspace)
+        out: Tensor = residual_attention_extend(q, *self._kv.planes(layer), rows, q.shape[-1] ** -0.5, residuals)
         return out
 
     def _extend_tables(self, sizes: SpanSizes, layer: int) -> tuple[ExtendRows, ExtendResiduals | None]:
@@ -118,11 +109,3 @@ class TabledAttention:
         if not sizes.num_residual_pages:
             return rows, None
         return rows, ExtendResiduals(**self._residuals(EXTEND, layer))
-
-    def _workspace_for(self, rows: ExtendRows, residuals: ExtendResiduals, q: Tensor) -> Tensor | None:
-        """One for all layers of the step; None where building K and V tile by tile is less work."""
-        if self._workspace is None and len(q) >= _WORKSPACE_ROWS * len(rows.start_pos):
-            shape = workspace_shape(rows, residuals)
-            if torch.Size(shape).numel() <= _MAX_WORKSPACE_ELEMS:
-                self._workspace = q.new_empty(shape)
-        return self._workspace
