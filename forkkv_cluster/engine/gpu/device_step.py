@@ -26,9 +26,8 @@ from forkkv_cluster.engine.layers.rotary import RotaryTable
 from forkkv_cluster.engine.models.decoder import Decoder
 from forkkv_cluster.engine.step_inputs import StepRows
 
-COLUMNS, COLUMNS_WITH_K = 64, 32
-"""Query heads of a kv head, of all members of a run together. K of an adapter is built for its own members alone, so that more
-programs with fewer members lose little, and fit in registers; without it the base tile is read less often by more."""
+COLUMNS, COLUMNS_WITH_RESIDUAL = 64, 32
+"""Query heads of a kv head, of all members of a run together: the fastest of those tried on an H100 (kernels/RESULTS.md)."""
 
 
 class DeviceStep:
@@ -44,7 +43,7 @@ class DeviceStep:
     def forward(self, batch: Batch) -> Tensor:
         """Run all rows, write their KV; last hidden states [R + n, H] of logit and scored rows. Valid until the next step."""
         self._hold_adapters(batch)
-        plan = StepPlan.of(batch, self._kv.geometry.page_size, self._max_members)
+        plan = StepPlan.of(batch, self._kv.geometry.page_size, self._max_members(batch))
         sizes = StepSizes.of(plan, self._kv.geometry.num_kv_heads)
         if sizes.only_decodes and sizes.num_rows <= MAX_DECODE_ROWS:
             return self._decode(plan, sizes)
@@ -53,10 +52,10 @@ class DeviceStep:
         tables.upload()
         return self._run(sizes, tables.device)
 
-    @property
-    def _max_members(self) -> int:
+    def _max_members(self, batch: Batch) -> int:
         """Of a shared run, by the columns that their query heads make in a program."""
-        columns = COLUMNS_WITH_K if self._stacks.has_k else COLUMNS
+        has_residual = any(span.residual is not None for span in batch.attention)
+        columns = COLUMNS_WITH_RESIDUAL if has_residual else COLUMNS
         config = self._model.config
         return max(1, columns * config.num_kv_heads // config.num_heads)
 
