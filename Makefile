@@ -47,7 +47,7 @@ demo: $(READY)  ## Eight agents over one document, shared and not, on a cluster 
 test: $(READY)  ## The tests, without those marked slow or gpu
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu and not interpreter" $(ARGS)
 	@test -n "$(ARGS)" || TRITON_INTERPRET=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q \
-		-m "interpreter and not slow and not gpu" tests/kernels
+		-m "interpreter and not slow and not gpu" tests/kernels tests/engine/gpu
 	@test -n "$(ARGS)" || FORKKV_CPU_KERNELS=0 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q \
 		tests/engine/test_parity_matrix.py tests/engine/test_merged_keys_in_engine.py tests/engine/test_qwen3.py
 

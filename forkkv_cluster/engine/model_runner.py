@@ -142,6 +142,8 @@ class ModelRunner:
     def unload_adapter(self, slot: int) -> None:
         """Free the slot. Raises NotFound when it is empty."""
         self._adapters.remove(slot)
+        if self._step is not None:
+            self._step.release(slot)
 
     def residual_rank(self, slot: int) -> int:
         """Columns of the adapter's residual (``AdapterWeights``), 0 without LoRA on k and v. Raises NotFound when the slot is

@@ -35,40 +35,29 @@ class Sharing:
     target: float | None
     members: int
     num_splits: int
-    tuned: tuple[tuple[Any, ...], ...]
-    """Others to try: (members, num_splits, and the fields of ``GroupedConfig``)."""
+    tuned: tuple[tuple[int, ...], ...]
+    """Others to try: (members, num_splits, block_n, num_warps, num_stages)."""
 
 
 SHARINGS = (
     Sharing(
-        "32 adapters on q, k, v", 32, RANK, 4.0, 8, 8,
+        "32 adapters on q, k, v", 32, RANK, 4.0, 8, 16,
         (
-            (8, 16, 64, 4, 2, None, True), (8, 8, 64, 4, 2, None, False), (8, 12, 64, 4, 1, 168, True),
-            (4, 8, 64, 4, 2, None, True), (4, 6, 64, 4, 2, 168, True),
+            (8, 8, 64, 4, 2), (8, 33, 64, 4, 2), (4, 8, 64, 4, 2), (16, 16, 128, 8, 2), (8, 16, 128, 8, 2),
+            (8, 16, 64, 4, 1),
         ),
     ),
     Sharing(
-        "8 adapters on q, k, v", 8, RANK, 8.0, 8, 8,
-        (
-            (8, 16, 64, 4, 2, None, True), (8, 8, 64, 4, 2, None, False), (8, 12, 64, 4, 1, 168, True),
-            (4, 8, 64, 4, 2, None, True),
-        ),
+        "8 adapters on q, k, v", 8, RANK, 8.0, 8, 16,
+        ((8, 8, 64, 4, 2), (16, 16, 128, 8, 2), (4, 8, 64, 4, 2)),
     ),
     Sharing(
-        "32 adapters on q, v", 32, 0, 12.0, 8, 8,
+        "32 adapters on q, v", 32, 0, 12.0, 16, 16,
         (
-            (8, 16, 64, 4, 2, None, True), (8, 8, 64, 4, 3, None, True), (8, 4, 64, 4, 3, None, True),
-            (8, 8, 64, 8, 2, None, True), (8, 8, 64, 8, 3, None, True), (8, 12, 64, 4, 1, 168, True),
-            (8, 12, 64, 4, 1, 168, False),
+            (16, 8, 64, 4, 2), (16, 16, 64, 4, 3), (16, 16, 64, 8, 2), (32, 16, 64, 8, 2), (8, 8, 64, 4, 2),
         ),
     ),
-    Sharing(
-        "no adapters", 0, 0, None, 16, 16,
-        (
-            (16, 12, 64, 4, 2, None, True), (8, 8, 64, 4, 3, None, True), (8, 8, 64, 4, 2, None, True),
-            (8, 12, 64, 4, 2, 168, True),
-        ),
-    ),
+    Sharing("no adapters", 0, 0, None, 16, 16, ((16, 16, 64, 4, 3), (32, 16, 64, 8, 2), (8, 8, 64, 4, 3))),
 )  # fmt: skip
 
 
@@ -167,9 +156,7 @@ def _tune(
     from triton.runtime.errors import OutOfResources
 
     for members, num_splits, *numbers in sharing.tuned:
-        block_n, num_warps, num_stages, maxnreg, is_stacked = numbers
-        how = f"{f' regs {maxnreg}' if maxnreg else ''}{'' if is_stacked else ' one by one'}"
-        name = f"tune {sharing.name} m{members} x{num_splits} n{block_n} w{num_warps} s{num_stages}{how}"
+        name = f"tune {sharing.name} m{members} x{num_splits} n{numbers[0]} w{numbers[1]} s{numbers[2]}"
         config = GroupedConfig(*numbers)
         try:
             ms = time_ms([_call(inputs, shape, members, num_splits, sharing.rank_k > 0, config) for inputs in sets], quick=True)

@@ -42,8 +42,8 @@ class ResidualStacks:
 
 
 class AdapterStacks:
-    """All of it for ``num_slots`` adapters of ranks up to ``rank``, which target modules of ``groups``, and k where ``has_k``.
-    All grow with what is held.
+    """All of it for ``num_slots`` adapters of ranks up to ``rank``, on shared k and v up to ``residual_rank``, which target
+    modules of ``groups``, and k where ``has_k``. All grow with what is held.
 
     ``version`` changes with that: memory has moved, or is looked at that was not; who captured a step must do so again.
     """
@@ -56,7 +56,7 @@ class AdapterStacks:
         self.groups: frozenset[str] = frozenset()
         self.has_k = False
         self._has_bias = False
-        self._allocate(1, MIN_RANK)
+        self._allocate(1, MIN_RANK, MIN_RANK)
 
     def residual(self, layer: int) -> ResidualStacks:
         return self._residuals[layer]
@@ -72,29 +72,45 @@ class AdapterStacks:
         groups = {name: group for layer in weights.layers for name, group in layer.by_group().items() if group is not None}
         has_bias = self._has_bias or any(group.ones is not None for group in groups.values())
         num_slots, rank = max(slot + 1, self.num_slots), max(_largest_rank(weights), self.rank)
+        residual_rank = self.residual_rank
+        if self._has_residual(weights):
+            residual_rank = max(residual_rank, _largest_residual_rank(weights))
         has_k = self.has_k or any(layer.k is not None for layer in weights.layers)
         if has_k != self.has_k or not groups.keys() <= self.groups:
             self.version += 1
             self.has_k = has_k
             self.groups |= groups.keys()
-        if num_slots > self.num_slots or rank > self.rank or has_bias > self._has_bias:
+        grown = num_slots > self.num_slots or rank > self.rank or residual_rank > self.residual_rank
+        if grown or has_bias > self._has_bias:
             self.version += 1
             self._has_bias = has_bias
-            self._allocate(_power_of_two(num_slots), _power_of_two(rank))
+            self._allocate(_power_of_two(num_slots), _power_of_two(rank), _power_of_two(residual_rank))
             for other, held in self._held.items():
                 self._write(other, held)
-        self._held[slot] = weights
+        self._held.pop(slot, None)  # until all of it is there
         self._write(slot, weights)
+        self._held[slot] = weights
 
-    def _allocate(self, num_slots: int, rank: int) -> None:
-        self.num_slots, self.rank = num_slots, rank
+    def release(self, slot: int) -> None:
+        """Forget what an empty slot held: its host memory is not kept alive, and growing does not copy it."""
+        self._held.pop(slot, None)
+
+    def _has_residual(self, weights: AdapterWeights) -> bool:
+        """One beyond the largest class is served isolated: it has none."""
+        return 0 < weights.residual_rank <= self._geometry.rank_classes[-1]
+
+    def _allocate(self, num_slots: int, rank: int, residual_rank: int) -> None:
+        # Let go of the old ones first: they can be gigabytes.
+        self._residuals: list[ResidualStacks] = []
+        self._loras: list[dict[str, LoraStacks]] = []
+        self.num_slots, self.rank, self.residual_rank = num_slots, rank, residual_rank
         layers = range(self._config.num_layers)
         rank_class = self._integers(num_slots, fill=self._geometry.rank_classes[0])
         self._residuals = [self._new_residual(rank_class) for _ in layers]
         self._loras = [{group: self._new_lora(modules) for group, modules in GROUPS.items()} for _ in layers]
 
     def _new_residual(self, rank_class: Tensor) -> ResidualStacks:
-        shape = (self.num_slots, self.rank, self._geometry.num_kv_heads, self._geometry.head_dim)
+        shape = (self.num_slots, self.residual_rank, self._geometry.num_kv_heads, self._geometry.head_dim)
         b_k, b_v = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2))
         decode_b_k = b_k.half() if self._dtype == torch.bfloat16 else b_k
         columns = (self._integers(self.num_slots, fill=-1) for _ in range(2))
@@ -112,17 +128,18 @@ class AdapterStacks:
         return torch.full(shape, fill, dtype=torch.int32, device=self._device)
 
     def _write(self, slot: int, weights: AdapterWeights) -> None:
-        if weights.residual_rank:
+        has_residual = self._has_residual(weights)
+        if has_residual:
             self._residuals[0].rank_class[slot] = self._geometry.rank_class(weights.residual_rank)  # one for all layers
         for layer, residual, loras in zip(weights.layers, self._residuals, self._loras, strict=True):
-            parts = (layer.k, layer.v)
+            parts = (layer.k, layer.v) if has_residual else (None, None)
             for plane, (stack, part) in enumerate(zip((residual.b_k, residual.b_v), parts, strict=True)):
                 _put(stack[slot].flatten(1), part.shared_b if part is not None else None)
                 residual.ranks[slot, plane] = part.rank if part is not None else 0
             residual.decode_b_k[slot].copy_(residual.b_k[slot])
             for column, part in zip((residual.norm_column, residual.change_column), parts, strict=True):
                 rank = part.rank if part is not None else 0
-                column[slot] = rank if layer.has_key_scale else -1
+                column[slot] = rank if has_residual and layer.has_key_scale else -1
             for group, fused in layer.by_group().items():
                 _put_lora(loras[group], slot, GROUPS[group], fused)
 
@@ -158,6 +175,11 @@ def _put(stack: Tensor, factor: Tensor | None) -> None:
 def _largest_rank(weights: AdapterWeights) -> int:
     groups = (group for layer in weights.layers for group in layer.by_group().values() if group is not None)
     return max((part.rank for group in groups for part in group.parts.values()), default=0)
+
+
+def _largest_residual_rank(weights: AdapterWeights) -> int:
+    parts = (part for layer in weights.layers for part in (layer.k, layer.v) if part is not None)
+    return max((part.rank for part in parts), default=0)
 
 
 def _power_of_two(at_least: int) -> int:

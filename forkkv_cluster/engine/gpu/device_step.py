@@ -7,6 +7,7 @@ the capture.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,10 @@ COLUMNS, COLUMNS_WITH_RESIDUAL = 64, 32
 """Query heads of a kv head, of all members of a run together: the fastest of those tried on an H100 (kernels/RESULTS.md)."""
 
 
+MAX_GRAPHS = 64
+"""Captured at once; the least recently used goes first. They share one pool of memory."""
+
+
 class DeviceStep:
     """Runs batches of one model over one arena."""
 
@@ -37,7 +42,10 @@ class DeviceStep:
         self._model, self._kv, self._adapters, self._rotary = model, kv, adapters, rotary
         self._device = kv.arena.device
         self._stacks = AdapterStacks(model.config, kv.geometry, kv.arena.dtype, self._device)
-        self._captured: dict[StepSizes, _Captured] = {}
+        self._captured: OrderedDict[StepSizes, _Captured] = OrderedDict()  # most recently used last
+        is_cuda = self._device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        self._side = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._version = 0
 
     def forward(self, batch: Batch) -> Tensor:
@@ -59,6 +67,10 @@ class DeviceStep:
         config = self._model.config
         return max(1, columns * config.num_kv_heads // config.num_heads)
 
+    def release(self, slot: int) -> None:
+        """The adapter of that slot has left."""
+        self._stacks.release(slot)
+
     def _hold_adapters(self, batch: Batch) -> None:
         slots = {segment.adapter_slot for segment in batch.lora_segments}
         slots |= {write.adapter_slot for write in batch.residual_writes}
@@ -74,6 +86,9 @@ class DeviceStep:
         step = self._captured.get(rounded)
         if step is None:
             step = self._captured[rounded] = _Captured(PackedTables(rounded.shapes(), self._device))
+            if len(self._captured) > MAX_GRAPHS:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(rounded)
         rounded.fill(step.tables.host, plan)
         step.tables.upload()
         if self._device.type != "cuda":
@@ -87,13 +102,14 @@ class DeviceStep:
 
     def _capture(self, step: _Captured, sizes: StepSizes) -> None:
         """Runs the step first, on a stream of its own: kernels are compiled, libraries take their workspaces."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        assert self._side is not None
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
             self._run(sizes, step.tables.device)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
         step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph):
+        # Another thread may read an adapter meanwhile, and ask the device for something.
+        with torch.cuda.graph(step.graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             step.hidden = self._run(sizes, step.tables.device)
 
     def _run(self, sizes: StepSizes, tables: Mapping[str, Tensor]) -> Tensor:

@@ -13,6 +13,11 @@ from torch import Tensor
 Int32Array = npt.NDArray[np.int32]
 
 
+def _aligned(size: int) -> int:
+    """Triton compiles a kernel anew for pointers that are not aligned to 16 bytes."""
+    return -(-size // 4) * 4
+
+
 class PackedTables:
     """Named int32 arrays side by side in one piece of memory: ``host`` to be filled, ``device`` to be read, views both.
 
@@ -21,7 +26,7 @@ class PackedTables:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
-        size = sum(math.prod(shape) for shape in shapes.values())
+        size = sum(_aligned(math.prod(shape)) for shape in shapes.values())
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self.host: dict[str, Int32Array] = {}
@@ -31,7 +36,7 @@ class PackedTables:
             end = start + math.prod(shape)
             self.host[name] = self._host[start:end].numpy().reshape(shape)
             self.device[name] = self._device[start:end].view(shape)
-            start = end
+            start += _aligned(end - start)
 
     def upload(self) -> None:
         """Asynchronous on a GPU, in order with what is issued after it."""

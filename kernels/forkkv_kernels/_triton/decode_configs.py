@@ -19,14 +19,12 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class GroupedConfig:
-    """The same; columns are members * g. maxnreg: registers of a thread, at the price of spills, where set.
-    is_stacked: P a_v of all of a group's adapters in one product, where their ranks together are at most 128."""
+    """The same; columns are members * g. maxnreg: registers of a thread, at the price of spills, where set."""
 
     block_n: int
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
-    is_stacked: bool = True
 
 
 def decode_config(head_dim: int, group: int, itemsize: int, rank: int) -> DecodeConfig:

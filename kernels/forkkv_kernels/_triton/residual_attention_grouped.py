@@ -3,27 +3,25 @@
 A program takes one kv head, one split of a group's run and all rows of the group's members, BLOCK_M = members * g of them,
 as columns: S^T = K q^T and O^T = V^T P^T with keys on the long side. For every *adapter* among them (subgroup) and tile it
 builds R(a B_k) once and scores it against all columns; a select keeps those of the subgroup. That wastes products, and still
-costs less than moving a few columns into place. P a_v comes for all subgroups in one product with their residual rows side by
-side (``is_stacked``), where what one adapter's rows make of another's columns is dropped at the end; B_v once, after the last
-tile. One subgroup after the other it would wait for memory each time: 0.26 ms of 0.35 on an H100, as first measured.
+costs less than moving a few columns into place. P a_v likewise; B_v comes once, after the last tile.
 
 Multiply-adds of one kv head and tile of 64 keys at D 128, rank 16, 32 agents of g 4 in groups of 8, adapters all distinct:
 
     base      S^T and O^T      2 * 64*128*128                                  2.1 M, of which nothing is padding
     K         y = a B_k        32 * 64*16*128                                  4.2 M
               R(y) q^T         32 * 64*128*32, 4 of 32 columns are wanted      8.4 M
-    V         P a_v            4 groups * 64*128*32                            1.0 M
+    V         P a_v            32 * 64*16*32                                   1.0 M
     rotation  32 * 64*128 elements, two operations each, in packed halves
 
 The other way to the same scores folds B_k into q (``reference.residual_attention``): a product of cos|sin with g * r = 64
 columns an adapter, 64*128*64 * 32 = 16.8 M, and a weighted sum over r; it grows with agents times rank, this one does not.
 Over 32k keys and 8 kv heads: 129 GFLOP, 0.16 ms at 791 TFLOP/s. Bytes: base pages once, 134 MB, and residuals, 67 MB, from
 memory; from L2 base pages once a group and residuals once a kv head, 1.1 GB. Rows in one group cut the former, and cost
-columns of R(y) q^T and rows of P a_v: 8 agents of g 4 are the balance where adapters differ, 16 where there are none.
+columns of R(y) q^T: 8 agents of g 4 are the balance where all adapters differ and touch k, more where none touches k.
 
-What these products cost is not what limits it. A subgroup and tile take a warp 256 instructions for K, 64 of them the
-rotation, a tile 1,240 more; at one a clock and scheduler that is 0.23 ms for 32 adapters on an H100. So addresses, masks and
-conversions are kept out of the loop over subgroups, and every load in it is made one subgroup ahead or two.
+What these products cost is not what limits it. A subgroup and tile take a warp 237 instructions for K (64 of them the rotation)
+and 79 for P a_v, a tile 1,000 more, which at one instruction a clock and scheduler is 0.28 ms for 32 adapters on an H100; so
+addresses, masks and conversions are kept out of the loop over subgroups, and every load in it is made a subgroup or more ahead.
 
 R(y), the query rotated back and B_k are fp16 whatever the KV's dtype: their packed arithmetic halves the rotation, and fp16
 keeps 11 bits where bf16 keeps 8. y is one product's sum over r in fp16, all sums over keys or D are fp32. A residual key beyond
@@ -76,103 +74,38 @@ def open_subgroups(
     plane_ptr, subgroups_ptr, first, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
     PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A tile's residual rows of the first two subgroups, and what leads to those of the next two.
+    """A tile's residual rows of the first subgroup, and what leads to those of the next two.
 
-    Rows lie behind three loads that wait for each other (subgroup, page table and class, rows): each is made a subgroup before
-    the next, and rows two before they are used, for they come from memory. -> (rows, their pages, adapter, class of the first
-    and of the second; pages, adapter, class of the third; adapter and owner of the fourth). Beyond ``last`` it is ``last``
-    again. ``positions`` are all inside the run.
+    Rows lie behind three loads that wait for each other (subgroup, page table and class, rows): each is made one subgroup
+    before the next, so that none is waited for. -> (rows, their pages, adapter, class; pages, adapter, class of the second;
+    adapter and owner of the third). Beyond ``last`` it is ``last`` again. ``positions`` are all inside the run.
     """
     second = subgroups_ptr + tl.minimum(first + 1, last) * 4
     third = subgroups_ptr + tl.minimum(first + 2, last) * 4
-    fourth = subgroups_ptr + tl.minimum(first + 3, last) * 4
     adapter = tl.load(subgroups_ptr + first * 4)
     adapter1 = tl.load(second)
-    adapter2 = tl.load(third)
     row = tl.load(subgroups_ptr + first * 4 + 3).to(tl.int64)
     row1 = tl.load(second + 3).to(tl.int64)
-    row2 = tl.load(third + 3).to(tl.int64)
-    class0 = tl.load(rank_class_ptr + adapter)
+    rank_class = tl.load(rank_class_ptr + adapter)
     class1 = tl.load(rank_class_ptr + adapter1)
-    class2 = tl.load(rank_class_ptr + adapter2)
     pages = tl.load(residual_pages_ptr + row * residual_pages_stride + positions // PAGE_SIZE)
     pages1 = tl.load(residual_pages_ptr + row1 * residual_pages_stride + positions // PAGE_SIZE)
-    pages2 = tl.load(residual_pages_ptr + row2 * residual_pages_stride + positions // PAGE_SIZE)
-    rows = rows_of(plane_ptr, pages, positions, class0, PAGE_SIZE, BLOCK_R)
-    rows1 = rows_of(plane_ptr, pages1, positions, class1, PAGE_SIZE, BLOCK_R)
-    of_fourth = tl.load(fourth), tl.load(fourth + 3)
-    return rows, pages, adapter, class0, rows1, pages1, adapter1, class1, pages2, adapter2, class2, of_fourth[0], of_fourth[1]
+    rows = rows_of(plane_ptr, pages, positions, rank_class, PAGE_SIZE, BLOCK_R)
+    return rows, pages, adapter, rank_class, pages1, adapter1, class1, tl.load(third), tl.load(third + 3)
 
 
 @triton.jit
-def next_rows(
-    plane_ptr, subgroups_ptr, subgroup, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions, pages2,
-    class2, adapter3, row3, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
+def next_subgroups(
+    plane_ptr, subgroups_ptr, subgroup, last, residual_pages_ptr, residual_pages_stride, rank_class_ptr, positions,
+    pages1, adapter1, class1, adapter2, row2, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """(rows of the subgroup two behind ``subgroup``; pages and class of the one behind that; adapter and owner of the next)."""
-    rows2 = rows_of(plane_ptr, pages2, positions, class2, PAGE_SIZE, BLOCK_R)
-    owner = residual_pages_ptr + row3.to(tl.int64) * residual_pages_stride
-    pages3 = tl.load(owner + positions // PAGE_SIZE)
-    class3 = tl.load(rank_class_ptr + adapter3)
-    fifth = subgroups_ptr + tl.minimum(subgroup + 4, last) * 4
-    return rows2, pages3, class3, tl.load(fifth), tl.load(fifth + 3)
-
-
-@triton.jit
-def load_stacked_owners(
-    subgroups_ptr, first, count, residual_pages_ptr, residual_pages_stride, rank_class_ptr, BLOCK_U: tl.constexpr
-):
-    """Of all subgroups of a group: a row of residual pages each, class (0 beyond the last), whether there is one: [BLOCK_U]."""
-    subgroup = tl.arange(0, BLOCK_U)
-    is_used = subgroup < count
-    entry = subgroups_ptr + (first + subgroup) * 4
-    rank_class = tl.load(rank_class_ptr + tl.load(entry, mask=is_used, other=0), mask=is_used, other=0)
-    owner = tl.load(entry + 3, mask=is_used, other=0).to(tl.int64) * residual_pages_stride
-    return residual_pages_ptr + owner, rank_class, is_used
-
-
-@triton.jit
-def load_stacked_pages(owners, is_used, positions, PAGE_SIZE: tl.constexpr):
-    """[BLOCK_N, BLOCK_U]; ``positions`` are all inside the run."""
-    return tl.load(owners[None, :] + (positions // PAGE_SIZE)[:, None], mask=is_used[None, :], other=0)
-
-
-@triton.jit
-def load_stacked_rows(
-    plane_ptr, pages, rank_class, positions, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """A tile's residual rows of all subgroups side by side: [BLOCK_N, BLOCK_U * BLOCK_R], zero beyond the last one, garbage
-    from a subgroup's rank on."""
-    width = (rank_class // 8) * 8
-    slots = pages.to(tl.int64) * PAGE_SIZE + (positions % PAGE_SIZE)[:, None]
-    columns = tl.arange(0, BLOCK_R)
-    pointers = plane_ptr + (slots * width[None, :])[:, :, None] + columns[None, None, :]
-    rows = tl.load(pointers, mask=(columns[None, :] < width[:, None])[None, :, :], other=0.0, cache_modifier=".cg")
-    return tl.reshape(rows, (BLOCK_N, BLOCK_U * BLOCK_R))
-
-
-@triton.jit
-def add_stacked(
-    output, recalled, b_v_ptr, subgroups_ptr, first, count, ranks_ptr, member, head, half: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """output [BLOCK_D, BLOCK_M] + B_v^T of each row's own adapter times ``recalled`` [BLOCK_U * BLOCK_R, BLOCK_M], of which
-    only the columns of a subgroup's members and rows below its rank are meant."""
-    row = tl.arange(0, BLOCK_U * BLOCK_R)
-    is_used = row // BLOCK_R < count
-    entry = subgroups_ptr + (first + row // BLOCK_R) * 4
-    adapter = tl.load(entry, mask=is_used, other=0)
-    member_first = tl.load(entry + 1, mask=is_used, other=0)
-    member_end = tl.load(entry + 2, mask=is_used, other=0)
-    is_used = is_used & (row % BLOCK_R < tl.load(ranks_ptr + 2 * adapter + 1, mask=is_used, other=0))
-    is_own = (member[None, :] >= member_first[:, None]) & (member[None, :] < member_end[:, None])
-    own = tl.where(is_used[:, None] & is_own, recalled, 0.0).to(half)
-    dims = tl.arange(0, BLOCK_D)
-    start = ((adapter.to(tl.int64) * BLOCK_R + row % BLOCK_R) * NUM_KV_HEADS + head) * HEAD_DIM
-    b_v = tl.load(b_v_ptr + start[:, None] + dims[None, :], mask=is_used[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    return tl.dot(tl.trans(b_v.to(half)), own, output, input_precision=PRECISION)
+    """The same for the one after ``subgroup``."""
+    rows = rows_of(plane_ptr, pages1, positions, class1, PAGE_SIZE, BLOCK_R)
+    owner = residual_pages_ptr + row2.to(tl.int64) * residual_pages_stride
+    pages2 = tl.load(owner + positions // PAGE_SIZE)
+    class2 = tl.load(rank_class_ptr + adapter2)
+    third = subgroups_ptr + tl.minimum(subgroup + 3, last) * 4
+    return rows, pages1, adapter1, class1, pages2, adapter2, class2, tl.load(third), tl.load(third + 3)
 
 
 @triton.jit(do_not_specialize=["num_positions", "base_pages_stride", "residual_pages_stride", "out_splits"])
@@ -181,8 +114,7 @@ def grouped_kernel(
     b_k_ptr, b_v_ptr, ranks_ptr, rank_class_ptr, norm_column_ptr, change_column_ptr, cos_sin_ptr, out_ptr, lse_ptr,
     scale_log2, num_positions, q_stride, base_pages_stride, residual_pages_stride, out_splits,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, RANK: tl.constexpr,
-    HAS_K: tl.constexpr, HAS_KEY_SCALE: tl.constexpr, IS_STACKED: tl.constexpr, PRECISION: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK_G: tl.constexpr,
+    HAS_K: tl.constexpr, HAS_KEY_SCALE: tl.constexpr, PRECISION: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -227,21 +159,13 @@ def grouped_kernel(
         BLOCK_R: tl.constexpr = RANK
         first_subgroup = tl.load(entry + 4)
         end_subgroup = tl.load(entry + 5)
-        RECALLED: tl.constexpr = MEMBERS * RANK if IS_STACKED else RANK
-        recalled = tl.zeros([RECALLED, BLOCK_M], tl.float32)
+        recalled = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
         if HAS_K:
             cos, sin = offset_angles(cos_sin_ptr, num_positions, HEAD_DIM, BLOCK_N, BLOCK_H)
             cos = cos.to(half)
             sin = sin.to(half)
 
     pages = load_page_ids(base_pages, start + offsets, start + offsets < end, PAGE_SIZE)
-    if RANK > 0 and IS_STACKED:
-        owners, classes, is_used = load_stacked_owners(
-            subgroups_ptr, first_subgroup, end_subgroup - first_subgroup, residual_pages_ptr, residual_pages_stride,
-            rank_class_ptr, MEMBERS,
-        )  # fmt: skip
-        if not HAS_K:
-            pages_v = load_stacked_pages(owners, is_used, tl.minimum(start + offsets, end - 1), PAGE_SIZE)
     for tile in range(start, end, BLOCK_N):
         positions = tile + offsets
         mask = positions < end
@@ -250,40 +174,31 @@ def grouped_kernel(
         k = load_base(k_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
         v = load_base(v_ptr, slots, mask, head, WIDTH, HEAD_DIM, BLOCK_D)
         pages = load_page_ids(base_pages, positions + BLOCK_N, positions + BLOCK_N < end, PAGE_SIZE)
-        if RANK > 0 and IS_STACKED and not HAS_K:
-            a_v = load_stacked_rows(v_ptr, pages_v, classes, inside, PAGE_SIZE, BLOCK_N, MEMBERS, BLOCK_R)
-            pages_v = load_stacked_pages(owners, is_used, tl.minimum(positions + BLOCK_N, end - 1), PAGE_SIZE)
         scores = tl.dot(k, q, input_precision=PRECISION)
         if HAS_K:
             # An ``if`` around the loop over subgroups, besides: with it the compiler pipelines the loads of K and V in the loop
             # over tiles; where a loop stands in that one directly, it does not.
             if first_subgroup < end_subgroup:
-                opened_k = open_subgroups(
+                rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = open_subgroups(
                     k_ptr, subgroups_ptr, first_subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
                     rank_class_ptr, inside, PAGE_SIZE, BLOCK_R,
                 )  # fmt: skip
-                rows, pages0, adapter, class0, rows1, pages1, adapter1, class1, pages2, adapter2, class2, adapter3, row3 = (
-                    opened_k
-                )
                 own, crossed = load_query_halves(q_half_ptr, half_rows, is_row, HEAD_DIM, BLOCK_H)
                 back = rotated_back(own, crossed, cos_sin_ptr, tile, HEAD_DIM, BLOCK_H)
                 b = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H).to(half)
                 for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
                     own_adapter = adapter
-                    own_pages = pages0
-                    own_class = class0
+                    own_pages = row_pages
+                    own_class = rank_class
                     rank = tl.load(ranks_ptr + 2 * own_adapter)
                     member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
                     member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
                     is_own = (member >= member_first) & (member < member_end)
                     a_k = residual_of(rows, rank, BLOCK_R)
-                    rows2, pages3, class3, adapter4, row4 = next_rows(
+                    rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = next_subgroups(
                         k_ptr, subgroups_ptr, subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
-                        rank_class_ptr, inside, pages2, class2, adapter3, row3, PAGE_SIZE, BLOCK_R,
+                        rank_class_ptr, inside, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
                     )  # fmt: skip
-                    rows, pages0, adapter, class0 = rows1, pages1, adapter1, class1
-                    rows1, pages1, adapter1, class1 = rows2, pages2, adapter2, class2
-                    pages2, adapter2, class2, adapter3, row3 = pages3, adapter3, class3, adapter4, row4
                     y = tl.dot(a_k.to(half), b, input_precision=PRECISION, out_dtype=half)
                     b = load_factor_halves(b_k_ptr, adapter, head, RANK, NUM_KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_H).to(half)
                     added = tl.dot(rotated_tile(y, cos, sin, BLOCK_N, BLOCK_H), back, input_precision=PRECISION)
@@ -300,50 +215,29 @@ def grouped_kernel(
                     else:
                         scores += tl.where(is_own[None, :], added, 0.0)
 
-        if RANK > 0 and IS_STACKED and HAS_K:
-            a_v = tl.zeros([BLOCK_N, RECALLED], dtype)
-            if first_subgroup < end_subgroup:  # again for the compiler: in registers, where a ring would cost a program
-                pages_v = load_stacked_pages(owners, is_used, inside, PAGE_SIZE)
-                a_v = load_stacked_rows(v_ptr, pages_v, classes, inside, PAGE_SIZE, BLOCK_N, MEMBERS, BLOCK_R)
         scores = tl.where(mask[:, None], scores, float("-inf"))
         weights, correction, highest, total = softmax_step(scores, scale_log2, highest, total)
         p = weights.to(dtype)
-        if RANK > 0 and IS_STACKED:
-            recalled = tl.dot(tl.trans(a_v), p, recalled * correction[None, :], input_precision=PRECISION)
-        elif RANK > 0:
+        if RANK > 0:
             recalled *= correction[None, :]
             if first_subgroup < end_subgroup:
-                opened_v = open_subgroups(
+                rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = open_subgroups(
                     v_ptr, subgroups_ptr, first_subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
                     rank_class_ptr, inside, PAGE_SIZE, BLOCK_R,
                 )  # fmt: skip
-                rows, pages0, adapter, class0, rows1, pages1, adapter1, class1, pages2, adapter2, class2, adapter3, row3 = (
-                    opened_v
-                )
                 for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
                     member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
                     member_end = tl.load(subgroups_ptr + subgroup * 4 + 2)
                     is_own = (member >= member_first) & (member < member_end)
                     a_v = rows  # what lies beyond the rank stays in rows of its own, which are dropped at the end
-                    rows2, pages3, class3, adapter4, row4 = next_rows(
+                    rows, row_pages, adapter, rank_class, pages1, adapter1, class1, adapter2, row2 = next_subgroups(
                         v_ptr, subgroups_ptr, subgroup, end_subgroup - 1, residual_pages_ptr, residual_pages_stride,
-                        rank_class_ptr, inside, pages2, class2, adapter3, row3, PAGE_SIZE, BLOCK_R,
+                        rank_class_ptr, inside, pages1, adapter1, class1, adapter2, row2, PAGE_SIZE, BLOCK_R,
                     )  # fmt: skip
-                    rows, pages0, adapter, class0 = rows1, pages1, adapter1, class1
-                    rows1, pages1, adapter1, class1 = rows2, pages2, adapter2, class2
-                    pages2, adapter2, class2, adapter3, row3 = pages3, adapter3, class3, adapter4, row4
                     recalled += tl.where(is_own[None, :], tl.dot(tl.trans(a_v), p, input_precision=PRECISION), 0.0)
         output = tl.dot(tl.trans(v), p, output * correction[None, :], input_precision=PRECISION)
 
-    sums = tl.sum(total, axis=0)
-    output = output / sums[None, :]
-    if RANK > 0 and IS_STACKED:
-        output = add_stacked(
-            output, recalled / sums[None, :], b_v_ptr, subgroups_ptr, first_subgroup, end_subgroup - first_subgroup, ranks_ptr,
-            member, head, half, PRECISION, NUM_KV_HEADS, HEAD_DIM, MEMBERS, BLOCK_R, BLOCK_D,
-        )  # fmt: skip
-    elif RANK > 0:
-        recalled = recalled / sums[None, :]
+    if RANK > 0:
         for subgroup in tl.range(first_subgroup, end_subgroup, num_stages=1):
             adapter = tl.load(subgroups_ptr + subgroup * 4)
             member_first = tl.load(subgroups_ptr + subgroup * 4 + 1)
@@ -354,13 +248,14 @@ def grouped_kernel(
             own = tl.where(is_ranked[:, None] & is_own[None, :], recalled, 0.0)
             output = tl.dot(tl.trans(b_v).to(tl.float32), own, output, input_precision=PRECISION)
 
+    sums = tl.sum(total, axis=0)
     # Read again: addresses made of what was read before the loop would wait for its end in registers, or spill.
     sequence = tl.load(members_ptr + group * MEMBERS + member)
     is_row = (sequence >= 0) & (column % BLOCK_G < GROUP)
     sequence = tl.where(is_row, sequence, 0).to(tl.int64)
     lse_at = lse_ptr + (sequence * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split
     out_at = out_ptr + ((sequence * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split) * HEAD_DIM
-    tl.store(out_at[None, :] + dims[:, None], output, mask=is_row[None, :] & (dims < HEAD_DIM)[:, None])
+    tl.store(out_at[None, :] + dims[:, None], output / sums[None, :], mask=is_row[None, :] & (dims < HEAD_DIM)[:, None])
     tl.store(lse_at, (highest + tl.log2(sums)) * 0.6931471805599453, mask=is_row)
 
 
@@ -402,7 +297,7 @@ def grouped(
         rows.base_pages.stride(0), residuals.pages.stride(0) if residuals is not None else 0, partials.num_splits,
         NUM_KV_HEADS=rows.num_kv_heads, PAGE_SIZE=rows.page_size, RANK=rank, HAS_K=has_k and rank > 0,
         HAS_KEY_SCALE=residuals is not None and residuals.norm_column is not None,
-        **_constants(head_dim, group, members, rank, is_exact, config),
+        **_constants(head_dim, group, members, is_exact, config),
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
 
@@ -412,12 +307,11 @@ def _block_g(group: int, members: int) -> int:
     return max(triton.next_power_of_2(group), 16 // members)
 
 
-def _constants(head_dim: int, group: int, members: int, rank: int, is_exact: bool, config: GroupedConfig) -> dict[str, Any]:
+def _constants(head_dim: int, group: int, members: int, is_exact: bool, config: GroupedConfig) -> dict[str, Any]:
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "PRECISION": "ieee" if is_exact else "tf32",
-        "IS_STACKED": config.is_stacked and 16 <= members * rank <= 128,
         "MEMBERS": members,
         "BLOCK_G": _block_g(group, members),
         "BLOCK_N": config.block_n,
@@ -429,10 +323,10 @@ def _constants(head_dim: int, group: int, members: int, rank: int, is_exact: boo
 def aot_variants() -> list[AotVariant]:
     """Llama-3.1-8B: eight agents a group with adapters on k, sixteen without, none; Qwen3 with key scales."""
     return [
-        _variant("bf16", 8, 4, 128, 16, 8, {80: 1216, 90: 224}),  # on an H100 around the loop over subgroups, not in it
-        _variant("bf16", 8, 4, 128, 16, 8, {80: 8}, has_k=False),
+        _variant("bf16", 8, 4, 128, 16, 8, {80: 448}),  # blocks are chosen for sm_90: nothing was tuned for sm_80
+        _variant("bf16", 8, 4, 128, 16, 16, {80: 176}, has_k=False),
         _variant("bf16", 8, 4, 128, 0, 16),
-        _variant("fp16", 8, 4, 128, 16, 8, {80: 1280, 90: 304}, has_key_scale=True),
+        _variant("fp16", 8, 4, 128, 16, 8, {80: 520}, has_key_scale=True),
     ]
 
 
@@ -444,7 +338,7 @@ def _variant(
     config = grouped_config(head_dim, members * _block_g(group, members), 2, rank, has_k)
     constants = {
         "NUM_KV_HEADS": num_kv_heads, "PAGE_SIZE": page_size, "RANK": rank, "HAS_K": has_k, "HAS_KEY_SCALE": has_key_scale,
-        **_constants(head_dim, group, members, rank, False, config),
+        **_constants(head_dim, group, members, False, config),
     }  # fmt: skip
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "b_k_ptr", "b_v_ptr"), f"*{dtype}")
     signature["q_half_ptr"] = "*fp16" if has_k else f"*{dtype}"

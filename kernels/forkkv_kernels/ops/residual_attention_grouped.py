@@ -2,13 +2,12 @@
 
 The formula is that of ``residual_attention_decode``, over a run's tokens alone and for every member at once: base K and V are
 loaded once a group, kv head and split; the rotated residual R(a B_k) is built once for each adapter among the members, not for
-each member; P a_v of all adapters is one product, and meets B_v after the last tile. Results are partial: ``combine_partials``
-joins them with other runs and with each sequence's own tail in the same buffers.
+each member; P a_v is kept per row and meets B_v after the last tile. Results are partial: ``combine_partials`` joins them with
+other runs and with each sequence's own tail in the same buffers.
 
 A plan comes as ``SharedRuns``: tables of fixed capacity that a step fills. Programs beyond it read one number and end, so that
 one captured graph serves every plan. A run shared by more than M sequences is several groups over the same tokens: their base
-pages then come from L2 for all but the first. With adapters 8 members of 4 rows a kv head are the balance (P a_v is one product
-while members times the stacks' rank is at most 128, else one for each adapter), without them 16.
+pages then come from L2 for all but the first. With adapters on k, 8 members of 4 rows a kv head are the balance, else 16.
 """
 
 from __future__ import annotations
