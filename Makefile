@@ -20,7 +20,7 @@ CONSTRAINTS := deploy/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint $(CONSTRAINTS)
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 
-.PHONY: help setup demo test test-slow lint serve protos bench soak clean
+.PHONY: help setup demo test test-slow lint serve protos cubins bench soak clean
 
 help:  ## Show the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-9s %s\n' "$$verb" "$$text"; done
@@ -47,7 +47,7 @@ demo: $(READY)  ## Eight agents over one document, shared and not, on a cluster 
 test: $(READY)  ## The tests, without those marked slow or gpu
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow and not gpu and not interpreter" $(ARGS)
 	@test -n "$(ARGS)" || TRITON_INTERPRET=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q \
-		-m "interpreter and not slow and not gpu" tests/kernels
+		-m "interpreter and not slow and not gpu" tests/kernels tests/engine/gpu
 	@test -n "$(ARGS)" || FORKKV_CPU_KERNELS=0 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q \
 		tests/engine/test_parity_matrix.py tests/engine/test_merged_keys_in_engine.py tests/engine/test_qwen3.py
 
@@ -66,6 +66,9 @@ serve: $(READY)  ## The embedded cluster on loopback: gRPC 9000, HTTP 8000
 
 protos: $(READY)  ## Write forkkv_cluster/api from protos/
 	@$(BIN)/python protos/generate.py
+
+cubins: $(READY)  ## Every variant of every Triton kernel for every card: registers, shared memory, spills (ARGS="--arch 90")
+	@$(BIN)/python kernels/compile_all.py $(ARGS)
 
 bench: $(READY)  ## The trace written by hand, against the engine in this process
 	@$(BIN)/forkkv bench trace loadtests/traces/hand.jsonl --target offline $(ARGS)

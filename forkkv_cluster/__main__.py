@@ -17,6 +17,8 @@ from forkkv_cluster.cli.adapters import load_adapter
 from forkkv_cluster.cli.common import errors_for_people
 from forkkv_cluster.cli.config import config as config_command
 from forkkv_cluster.cli.generate import generate
+from forkkv_cluster.cli.plan import HELP as PLAN_HELP
+from forkkv_cluster.cli.plan import plan
 from forkkv_cluster.cli.status import status
 from forkkv_cluster.core.config import ClusterConfig, load_config, parse_config
 from forkkv_cluster.core.errors import InvalidArgument
@@ -35,6 +37,7 @@ cli.command()(status)
 cli.command()(generate)
 cli.command("load-adapter")(load_adapter)
 cli.command("config")(config_command)
+cli.command(help=PLAN_HELP)(plan)
 cli.command("train-adapter")(train_adapter)
 cli.command("measure-repair")(measure_repair)
 cli.add_typer(bench_app, name="bench")

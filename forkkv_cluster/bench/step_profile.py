@@ -25,7 +25,7 @@ _PARTS: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
         (("rms_norm.py", "add_rms_norm_"), ("store_kv.py", "store_kv"), ("silu_mul.py", "silu_mul")),
         "models/decoder.py",
     ),
-    ("sampling", (("engine/sampler.py", "sample"),), ""),
+    ("sampling", (("engine/torch_runner.py", "_sample"),), ""),
     ("scheduling", (("engine/scheduler.py", "schedule"),), ""),
     (
         "building the batch",

@@ -72,7 +72,12 @@ class ModelConfig(_Section):
 class CacheConfig(_Section):
     """KV memory of one worker."""
 
-    kv_bytes: Annotated[int, Field(gt=0, description="Bytes for base and residual KV together (also as 512MiB).")] = 256 * 2**20
+    kv_bytes: Annotated[
+        int,
+        Field(
+            gt=0, description="Bytes for base and residual KV together (also as 512MiB); of each rank, where the model is cut."
+        ),
+    ] = 256 * 2**20
     host_bytes: Annotated[
         int, Field(ge=0, description="Bytes of host memory for evicted KV, swapped back when cheaper than a prefill. 0: none.")
     ] = 0

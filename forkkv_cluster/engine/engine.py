@@ -104,7 +104,7 @@ class Engine:
             config.scheduler,
             clock,
             host_bytes=config.cache.host_bytes,
-            merged_share=config.cache.merged_share,
+            merged_share=config.cache.merged_share if runner.uses_whole_keys else 0.0,
             adapter_memory=config.adapter_memory,
             fidelity=Fidelity.from_config(config, runner.info),
         )

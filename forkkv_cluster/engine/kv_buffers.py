@@ -36,6 +36,10 @@ class KVBuffers:
         self._base_planes = _planes(self._base)
         self._residual_planes = {rank_class: _planes(pool) for rank_class, pool in self._residual.items()}
 
+    def planes(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Plane 0 and 1 of one layer, 1-D: what every pool is a view of."""
+        return self.arena[layer, 0], self.arena[layer, 1]
+
     def base(self, layer: int) -> tuple[Tensor, Tensor]:
         """K (rotated) and V of one layer by slot: [num_slots, Hkv, D] each, views."""
         return self._base_planes[layer]

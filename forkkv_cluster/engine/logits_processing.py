@@ -35,7 +35,7 @@ def process_logits(
     logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int] = (), masks: RowMasks | None = None
 ) -> Tensor:
     """logits [R, V] fp32 -> [R, V]; ``logits`` itself where no row asks for anything, else a changed copy."""
-    asking = [(i, row) for i, row in enumerate(rows) if _is_changed(row)]
+    asking = [(i, row) for i, row in enumerate(rows) if is_changed(row)]
     if not asking and masks is None:
         return logits
     result = logits.clone(memory_format=torch.contiguous_format)
@@ -54,7 +54,8 @@ def process_logits(
 _Asking = Sequence[tuple[int, SamplingRow]]
 
 
-def _is_changed(row: SamplingRow) -> bool:
+def is_changed(row: SamplingRow) -> bool:
+    """Whether its parameters change its logits, guides aside."""
     params = row.params
     is_penalised = params.repetition_penalty != 1.0 or _counts_output(params)
     return bool(params.logit_bias) or is_penalised or len(row.generated) < params.min_tokens

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from forkkv_kernels.launch import use_triton
 from forkkv_kernels.ops.qk_norm import KeyScale
 from forkkv_kernels.ops.residual_attention import reconstruct_k, reconstruct_v
 from torch import Tensor
@@ -18,6 +19,7 @@ from forkkv_cluster.engine.adapters import AdapterSlots, AdapterWeights, load_ad
 from forkkv_cluster.engine.attention import attention_for
 from forkkv_cluster.engine.attention_plan import plan_attention
 from forkkv_cluster.engine.batch import Batch, TailCopy
+from forkkv_cluster.engine.gpu.device_step import DeviceStep
 from forkkv_cluster.engine.host_adapters import Weights
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.rotary import RotaryTable
@@ -28,6 +30,7 @@ from forkkv_cluster.engine.scores import TokenScores
 from forkkv_cluster.engine.scoring import score_in_chunks
 from forkkv_cluster.engine.shard import WHOLE, Shard
 from forkkv_cluster.engine.step_inputs import step_inputs
+from forkkv_cluster.engine.step_lora import StepLora
 
 _HOST = torch.device("cpu")
 
@@ -35,8 +38,12 @@ _HOST = torch.device("cpu")
 class ModelRunner:
     """Executes batches over paged base and residual KV. Not thread-safe: one engine thread drives it."""
 
-    def __init__(self, loaded: LoadedModel, *, name: str, page_size: int, max_model_len: int = 0, device: torch.device) -> None:
-        """``max_model_len`` tokens, 0 for the model's own limit.
+    def __init__(
+        self, loaded: LoadedModel, *, name: str, page_size: int, max_model_len: int = 0, device: torch.device,
+        has_tables: bool | None = None,
+    ) -> None:  # fmt: skip
+        """``max_model_len`` tokens, 0 for the model's own limit. ``has_tables``: steps run as ``gpu.DeviceStep``; None: where
+        Triton does.
 
         Raises InvalidArgument for one beyond it, Unsupported for one at which the rotary frequencies follow the length or a
         sliding window hides tokens.
@@ -61,18 +68,29 @@ class ModelRunner:
         self._device = device
         self._rotary = RotaryTable(config.rope, config.head_dim, self.info.max_model_len, loaded.dtype, device)
         self._adapters = AdapterSlots()
+        self._has_tables = use_triton(torch.empty(0, dtype=self.dtype, device=device)) if has_tables is None else has_tables
+        self._step: DeviceStep | None = None
         self._kv: KVBuffers | None = None
         self._host_kv: KVBuffers | None = None
 
     @classmethod
     def from_directory(
         cls, path: str | Path, *, name: str = "", dtype: str = "auto", device: str = "auto", page_size: int = 64,
-        max_model_len: int = 0, load_format: str = "auto", shard: Shard = WHOLE,
+        max_model_len: int = 0, load_format: str = "auto", shard: Shard = WHOLE, has_tables: bool | None = None,
     ) -> Self:  # fmt: skip
         """Load a checkpoint. ``name`` defaults to the directory's. Raises as ``model_loader.load_model``."""
         torch_device = resolve_device(device)
         loaded = load_model(path, dtype, torch_device, load_format, shard)
-        return cls(loaded, name=name or Path(path).name, page_size=page_size, max_model_len=max_model_len, device=torch_device)
+        return cls(
+            loaded, name=name or Path(path).name, page_size=page_size, max_model_len=max_model_len, device=torch_device,
+            has_tables=has_tables,
+        )  # fmt: skip
+
+    @property
+    def uses_whole_keys(self) -> bool:
+        """Whether an adapter's whole K in borrowed memory is read where it is at hand; kernels build it faster than they read
+        it."""
+        return not self._has_tables
 
     @property
     def kv(self) -> KVBuffers:
@@ -94,6 +112,8 @@ class ModelRunner:
         Raises InvalidArgument when not one does.
         """
         self._kv = KVBuffers(self.geometry, self.geometry.num_slabs(kv_bytes), self.dtype, self._device)
+        if self._has_tables:
+            self._step = DeviceStep(self._model, self._kv, self._adapters, self._rotary)
         self._host_kv = None
         if host_bytes:
             num_slabs = num_host_slabs(self.geometry, host_bytes)
@@ -108,10 +128,11 @@ class ModelRunner:
         return load_adapter(name, path, self._whole_config, self.geometry, self.dtype, _HOST, norms, shard)
 
     def place_adapter(self, weights: Weights) -> int:
-        """Copy weights that ``read_adapter`` gave to the device, into the lowest free slot; on a CPU they are shared."""
+        """Copy weights that ``read_adapter`` gave to the device, into the lowest free slot; on a CPU they are shared, and where
+        steps run on tables they are copied by the first step that needs them."""
         if not isinstance(weights, AdapterWeights):
             raise TypeError(f"a model runner places AdapterWeights, not {type(weights).__name__}")
-        return self._adapters.add(weights if self._device == _HOST else weights.to(self._device))
+        return self._adapters.add(weights if self._device == _HOST or self._has_tables else weights.to(self._device))
 
     def load_adapter(self, name: str, path: str | Path) -> tuple[int, AdapterInfo]:
         """Read and place in one: its slot and facts. Raises as ``read_adapter``; nothing changes then."""
@@ -121,6 +142,8 @@ class ModelRunner:
     def unload_adapter(self, slot: int) -> None:
         """Free the slot. Raises NotFound when it is empty."""
         self._adapters.remove(slot)
+        if self._step is not None:
+            self._step.release(slot)
 
     def residual_rank(self, slot: int) -> int:
         """Columns of the adapter's residual (``AdapterWeights``), 0 without LoRA on k and v. Raises NotFound when the slot is
@@ -166,10 +189,13 @@ class ModelRunner:
         self._copy_tails(batch)
         if batch.num_rows == 0:
             return torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self._device)
+        if self._step is not None:
+            return self._step.forward(batch)
         step = step_inputs(batch, self._rotary, self._device)
         plan = plan_attention(batch.attention, self.geometry.page_size)
         attention = attention_for(plan, self.kv, self._adapters, self._rotary)
-        return self._model.forward(step, attention, self.kv, self._adapters)
+        lora = StepLora(step, self._adapters, self.kv, self.dtype, self.config.rms_norm_eps)
+        return self._model.forward(step, attention, lora, self.kv)
 
     def _copy_tails(self, batch: Batch) -> None:
         for copy in batch.tail_copies:
@@ -194,11 +220,11 @@ class ModelRunner:
             (k, v), pools = self.kv.base(index), self.kv.residual(index, rank_class)
             a_k, a_v = (pool[source] for pool in pools)
             if layer.k is not None:
-                b_k = layer.k.shared_b.view(layer.k.rank, *heads)
+                b_k = layer.k.shared_b.to(self._device).view(layer.k.rank, *heads)
                 scale = KeyScale(*layer.key_scale_columns((a_k, a_v), heads[0])) if layer.has_key_scale else None
                 k[target] = reconstruct_k(k[target], a_k[:, : layer.k.rank], b_k, cos_sin, scale)
             if layer.v is not None:
-                b_v = layer.v.b.view(layer.v.rank, *heads)
+                b_v = layer.v.b.to(self._device).view(layer.v.rank, *heads)
                 v[target] = reconstruct_v(v[target], a_v[:, : layer.v.rank], b_v)
 
 

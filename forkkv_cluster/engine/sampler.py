@@ -17,7 +17,7 @@ from torch import Tensor
 from forkkv_cluster.core.errors import Internal
 from forkkv_cluster.core.request import TokenLogprob
 from forkkv_cluster.engine.draws import draw
-from forkkv_cluster.engine.logits_processing import RowMasks, process_logits
+from forkkv_cluster.engine.logits_processing import RowMasks, is_changed, process_logits
 from forkkv_cluster.engine.sampling_row import SamplingRow
 from forkkv_cluster.engine.scoring import score_tokens
 
@@ -47,6 +47,14 @@ def sample(
     token_ids = _pick(process_logits(logits, rows, eos_token_ids, masks), rows).tolist()
     logprobs = _logprobs(logits, rows, token_ids)
     return [SampledToken(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
+
+
+def is_plain_greedy(rows: Sequence[SamplingRow]) -> bool:
+    """Whether every row takes its largest logit as it came, and asks for nothing else."""
+    return all(
+        row.params.temperature == 0 and row.params.logprobs is None and row.params.guide is None and not is_changed(row)
+        for row in rows
+    )
 
 
 def uniform(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:

@@ -18,6 +18,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,7 +98,8 @@ class ShardGroup:
             world_size=shard.size,
         )
         self.shard = shard
-        self._control = dist.new_group(backend="gloo")
+        # A follower waits for as long as nothing is asked of the engine; that the leader has gone shows by the connection.
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
     def reduce(self, partial: Tensor) -> Tensor:
         """[T, H] of this rank -> the sum over all ranks, in place."""
@@ -200,6 +202,8 @@ class Leader(_ShardRunner):
             group = ShardGroup(Shard(0, size), device, str(meeting / "ranks"))
             runner = cls.of(config, group)
         except BaseException:
+            if dist.is_initialized():
+                dist.destroy_process_group()
             _end(children, meeting)
             raise
         runner.children = children

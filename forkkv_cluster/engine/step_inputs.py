@@ -44,16 +44,22 @@ class ResidualRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepInputs:
+class StepRows:
     """token_ids [T] int64; cos_sin [T, D] fp32; base_slots [T] int64: where a row's K and V go, -1 for nowhere;
     output_rows [R + n]: logit and scored rows."""
 
     token_ids: Tensor
     cos_sin: Tensor
     base_slots: Tensor
+    output_rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs(StepRows):
+    """The rows, and what of them is the adapters'."""
+
     lora: tuple[LoraRows, ...]
     residual_writes: tuple[ResidualRows, ...]
-    output_rows: Tensor
 
     @property
     def num_rows(self) -> int:

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from forkkv_kernels.ops.lora import LORA_SEGMENT_FIELDS, add_lora_rows_, has_lora_rows
+from forkkv_kernels.ops.qk_norm import inverse_rms, key_scale
 from torch import Tensor
 
 from forkkv_cluster.engine.adapter_tables import Table
 from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
+from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.lora import FusedLora
-from forkkv_cluster.engine.step_inputs import StepInputs
+from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
 
 MAX_SHORT_ROWS = 16
 """Rows of a segment up to which it counts as short: with more, products of their own pay for their calls. An estimate, not
 swept."""
 
 
-class StepLora:
-    """Adds x A B to the rows of every LoRA segment."""
+class StepAdapters(Protocol):
+    """What the adapters of a step add, layer by layer; in place."""
 
-    def __init__(self, step: StepInputs, adapters: AdapterSlots, dtype: torch.dtype) -> None:
+    def qkv_(self, index: int, qkv: Tensor, x: Tensor) -> None:
+        """qkv [T, Q + 2 KV] of layer ``index`` from x [T, H]. k and v change in merged rows only."""
+        ...
+
+    def add_(self, index: int, group: str, out: Tensor, x: Tensor) -> None:
+        """out [T, fused out] of layer ``index`` from x [T, in]; group is ``o``, ``gate_up`` or ``down``."""
+        ...
+
+    def store_residuals(self, index: int, x: Tensor, k: Tensor) -> None:
+        """x A_k and x A_v of every residual write of the step; k [T, Hkv, D] before its norm. After ``qkv_`` of the layer."""
+        ...
+
+
+class StepLora:
+    """``StepAdapters`` segment by segment."""
+
+    def __init__(
+        self, step: StepInputs, adapters: AdapterSlots, kv: KVBuffers, dtype: torch.dtype, rms_norm_eps: float
+    ) -> None:
         self._step = step
+        self._adapters, self._kv, self._eps = adapters, kv, rms_norm_eps
+        self._shrunk: list[Tensor | None] = []
         self._weights = [adapters[segment.adapter_slot] for segment in step.lora]
         self._tables: dict[str, Table] | None = None
         if _is_one_call(step, dtype):
             self._tables = _segment_tables(step, adapters)
 
-    def qkv_(self, index: int, qkv: Tensor, x: Tensor) -> list[Tensor | None]:
-        """qkv [T, Q + 2 KV] of layer ``index`` from x [T, H]. k and v change in merged rows only.
-
-        Returns x [A_q | A_k | A_v] by segment, for residuals; nothing where the step writes none.
-        """
+    def qkv_(self, index: int, qkv: Tensor, x: Tensor) -> None:
         if self._tables is not None:
             self._add_rows_(index, "qkv", qkv, x)
-            return []
-        return [self._add_qkv_(qkv, x, number, layer.qkv) for number, layer in enumerate(self._layers(index))]
+            return
+        self._shrunk = [self._add_qkv_(qkv, x, number, layer.qkv) for number, layer in enumerate(self._layers(index))]
 
     def add_(self, index: int, group: str, out: Tensor, x: Tensor) -> None:
-        """out [T, fused out] of layer ``index`` from x [T, in]; group is ``o``, ``gate_up`` or ``down``."""
         if self._tables is not None:
             self._add_rows_(index, group, out, x)
             return
@@ -46,6 +65,37 @@ class StepLora:
             factors = layer.by_group()[group]
             if factors is not None:
                 factors.apply_(out[segment.rows], x[segment.rows])
+
+    def store_residuals(self, index: int, x: Tensor, k: Tensor) -> None:
+        """A segment's own shrink is used again where it has the products."""
+        for write in self._step.residual_writes:
+            weights = self._adapters[write.adapter_slot]
+            lora = weights.layers[index]
+            if lora.qkv is None or (lora.k is None and lora.v is None):
+                continue
+            product, rank_offset = _residual_product(x, write, self._shrunk, lora)
+            pools = self._kv.residual(index, self._kv.geometry.rank_class(weights.residual_rank))
+            for pool, part in zip(pools, (lora.k, lora.v), strict=True):
+                if part is not None:
+                    columns = slice(part.rank_start - rank_offset, part.rank_end - rank_offset)
+                    pool[:, : part.rank][write.slots] = product[:, columns]
+        self._store_key_scales(index, k)
+
+    def _store_key_scales(self, index: int, k: Tensor) -> None:
+        """Beside x A_k of every residual write. Rows that write a residual never have theirs merged."""
+        writes = [w for w in self._step.residual_writes if self._adapters[w.adapter_slot].layers[index].has_key_scale]
+        if not writes:
+            return
+        base_norm = inverse_rms(k, self._eps)
+        for write in writes:
+            weights = self._adapters[write.adapter_slot]
+            lora = weights.layers[index]
+            assert lora.k is not None
+            pools = self._kv.residual(index, self._kv.geometry.rank_class(weights.residual_rank))
+            a_k = pools[0][:, : lora.k.rank][write.slots]
+            scale = key_scale(k[write.rows], base_norm[write.rows], a_k, lora.k.b, self._eps)
+            norm, change = lora.key_scale_columns(pools, self._kv.geometry.num_kv_heads)
+            norm[write.slots], change[write.slots] = scale.norm.to(k.dtype), scale.change.to(k.dtype)
 
     def _layers(self, index: int) -> list[LayerLora]:
         return [weights.layers[index] for weights in self._weights]
@@ -89,3 +139,13 @@ def _segment_tables(step: StepInputs, adapters: AdapterSlots) -> dict[str, Table
             own[:, : LORA_SEGMENT_FIELDS.index("rank")] = (segment.row_start, segment.row_end)
             by_group.setdefault(group, []).append(own)
     return {group: np.stack(tables, axis=1) for group, tables in by_group.items()}
+
+
+def _residual_product(x: Tensor, write: ResidualRows, shrunk: list[Tensor | None], lora: LayerLora) -> tuple[Tensor, int]:
+    """x [A_k | A_v] of the write's rows, and the rank at which its first column starts."""
+    ready = shrunk[write.segment] if write.segment is not None else None
+    if ready is not None:
+        return ready[write.segment_rows], 0
+    first = min(part.rank_start for part in (lora.k, lora.v) if part is not None)
+    assert lora.qkv is not None
+    return lora.qkv.shrink_from(x[write.rows], first), first

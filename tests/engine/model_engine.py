@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from torch import Tensor
 from forkkv_cluster.core.config import SchedulerConfig
 from forkkv_cluster.core.request import AdapterRef, ContextRequest, GenerateRequest, TokenLogprob
 from forkkv_cluster.engine.engine import Engine
+from forkkv_cluster.engine.gpu import shared_runs
 from forkkv_cluster.engine.outputs import StepOutput
 from forkkv_cluster.engine.torch_runner import TorchRunner
 from forkkv_cluster.testing.manual_clock import ManualClock
 from tests.engine.harness import FakeEngine
 
 NUM_TOP = 5
+HAS_TABLES = True if os.environ.get("FORKKV_TEST_TABLES") == "1" else None
+"""The same tests, on the path that a GPU takes."""
+if HAS_TABLES:
+    shared_runs.MIN_RUN_TOKENS = 1  # contexts of tests are short
 
 
 class ModelEngine(FakeEngine):
@@ -30,10 +36,13 @@ class ModelEngine(FakeEngine):
         num_slabs: int = 400,
         *,
         merged_share: float = 0.5,
+        device: str = "cpu",
+        has_tables: bool | None = None,
         **scheduler: int,
     ) -> None:
         self.page_size = page_size
-        self.runner = TorchRunner.from_directory(model_dir, dtype="float32", device="cpu", page_size=page_size)  # type: ignore[assignment]
+        options = {"has_tables": HAS_TABLES if has_tables is None else has_tables, "page_size": page_size}
+        self.runner = TorchRunner.from_directory(model_dir, dtype="float32", device=device, **options)  # type: ignore[assignment]
         self.clock = ManualClock()
         config = SchedulerConfig(**{"max_num_batched_tokens": 64, "max_num_seqs": 16, **scheduler})
         kv_bytes = num_slabs * self.runner.geometry.slab_bytes

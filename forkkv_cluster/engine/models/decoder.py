@@ -10,19 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from forkkv_kernels.ops.qk_norm import inverse_rms, key_scale
 from forkkv_kernels.ops.rms_norm import add_rms_norm_, rms_norm
 from forkkv_kernels.ops.silu_mul import silu_mul
 from forkkv_kernels.ops.store_kv import HeadNorms, store_kv
 from torch import Tensor
 
-from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
 from forkkv_cluster.engine.attention import Attention
 from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.linear import Linear
 from forkkv_cluster.engine.models.config import ModelConfig
-from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
-from forkkv_cluster.engine.step_lora import StepLora
+from forkkv_cluster.engine.step_inputs import StepRows
+from forkkv_cluster.engine.step_lora import StepAdapters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,16 +68,15 @@ class Decoder:
         """Weight [D] of K's norm by layer; empty where the family has none."""
         return tuple(layer.k_norm for layer in self._weights.layers if layer.k_norm is not None)
 
-    def forward(self, step: StepInputs, attention: Attention, kv: KVBuffers, adapters: AdapterSlots) -> Tensor:
-        """Run all rows, write their KV, return the last hidden states [R + n, H] of ``step.output_rows``."""
-        hidden = self._weights.embed[step.token_ids]
+    def forward(self, rows: StepRows, attention: Attention, lora: StepAdapters, kv: KVBuffers) -> Tensor:
+        """Run all rows, write their KV, return the last hidden states [R + n, H] of ``rows.output_rows``."""
+        hidden = self._weights.embed[rows.token_ids]
         eps = self.config.rms_norm_eps
-        lora = StepLora(step, adapters, hidden.dtype)
         delta: Tensor | None = None
         for index, weights in enumerate(self._weights.layers):
             x = add_rms_norm_(hidden, delta, weights.input_norm, eps)
-            q = self._project_and_store(index, x, step, lora, kv, adapters)
-            if index == self.config.num_layers - 1 and len(step.output_rows) == 0:
+            q = self._project_and_store(index, x, rows, lora, kv)
+            if index == self.config.num_layers - 1 and len(rows.output_rows) == 0:
                 break  # A pass for its KV alone: nobody reads what the last layer would compute.
             attended = attention.run(index, q).flatten(1)
             attended = self.reduce(_linear(attended, weights.o, lora, index, "o"))
@@ -90,77 +87,28 @@ class Decoder:
                 self.on_layer(index, hidden + delta)
         if delta is not None:
             hidden += delta
-        return hidden[step.output_rows]
+        return hidden[rows.output_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H], as ``forward`` returns it -> logits [n, V] fp32."""
         final = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
         return self._weights.lm_head(final).float()
 
-    def _project_and_store(
-        self, index: int, x: Tensor, step: StepInputs, lora: StepLora, kv: KVBuffers, adapters: AdapterSlots
-    ) -> Tensor:
+    def _project_and_store(self, index: int, x: Tensor, rows: StepRows, lora: StepAdapters, kv: KVBuffers) -> Tensor:
         """Project q, k, v; write KV of this layer; return q [T, Hq, D] rotated."""
         config, weights = self.config, self._weights.layers[index]
         qkv = weights.qkv(x)
-        shrunk = lora.qkv_(index, qkv, x)
+        lora.qkv_(index, qkv, x)
         heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         norms = None
         if weights.q_norm is not None and weights.k_norm is not None:
             norms = HeadNorms(weights.q_norm, weights.k_norm, config.rms_norm_eps)
-        q: Tensor = store_kv(heads, step.cos_sin, norms, step.base_slots, *kv.base(index))
-        _store_residuals(index, x, step, shrunk, kv, adapters)
-        if config.qk_norm:
-            k = heads[:, config.num_heads : config.num_heads + config.num_kv_heads]
-            _store_key_scales(index, k, step, kv, adapters, config.rms_norm_eps)
+        q: Tensor = store_kv(heads, rows.cos_sin, norms, rows.base_slots, *kv.base(index))
+        lora.store_residuals(index, x, heads[:, config.num_heads : config.num_heads + config.num_kv_heads])
         return q
 
 
-def _store_residuals(
-    index: int, x: Tensor, step: StepInputs, shrunk: list[Tensor | None], kv: KVBuffers, adapters: AdapterSlots
-) -> None:
-    """Write x A_k and x A_v of every residual write; a segment's own shrink is used again where it has them."""
-    for write in step.residual_writes:
-        weights = adapters[write.adapter_slot]
-        lora = weights.layers[index]
-        if lora.qkv is None or (lora.k is None and lora.v is None):
-            continue
-        product, rank_offset = _residual_product(x, write, shrunk, lora)
-        pools = kv.residual(index, kv.geometry.rank_class(weights.residual_rank))
-        for pool, part in zip(pools, (lora.k, lora.v), strict=True):
-            if part is not None:
-                columns = slice(part.rank_start - rank_offset, part.rank_end - rank_offset)
-                pool[:, : part.rank][write.slots] = product[:, columns]
-
-
-def _store_key_scales(index: int, k: Tensor, step: StepInputs, kv: KVBuffers, adapters: AdapterSlots, eps: float) -> None:
-    """Beside x A_k of every residual write. k [T, Hkv, D] before its norm; rows that write a residual never have it merged."""
-    writes = [w for w in step.residual_writes if adapters[w.adapter_slot].layers[index].has_key_scale]
-    if not writes:
-        return
-    base_norm = inverse_rms(k, eps)
-    for write in writes:
-        weights = adapters[write.adapter_slot]
-        lora = weights.layers[index]
-        assert lora.k is not None
-        pools = kv.residual(index, kv.geometry.rank_class(weights.residual_rank))
-        a_k = pools[0][:, : lora.k.rank][write.slots]
-        scale = key_scale(k[write.rows], base_norm[write.rows], a_k, lora.k.b, eps)
-        norm, change = lora.key_scale_columns(pools, kv.geometry.num_kv_heads)
-        norm[write.slots], change[write.slots] = scale.norm.to(k.dtype), scale.change.to(k.dtype)
-
-
-def _residual_product(x: Tensor, write: ResidualRows, shrunk: list[Tensor | None], lora: LayerLora) -> tuple[Tensor, int]:
-    """x [A_k | A_v] of the write's rows, and the rank at which its first column starts."""
-    ready = shrunk[write.segment] if write.segment is not None else None
-    if ready is not None:
-        return ready[write.segment_rows], 0
-    first = min(part.rank_start for part in (lora.k, lora.v) if part is not None)
-    assert lora.qkv is not None
-    return lora.qkv.shrink_from(x[write.rows], first), first
-
-
-def _linear(x: Tensor, base: Linear, lora: StepLora, index: int, group: str) -> Tensor:
+def _linear(x: Tensor, base: Linear, lora: StepAdapters, index: int, group: str) -> Tensor:
     out = base(x)
     lora.add_(index, group, out, x)
     return out

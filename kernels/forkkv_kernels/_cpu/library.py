@@ -50,6 +50,11 @@ def functions_on(device: torch.device, dtype: torch.dtype) -> Functions | None:
     return _functions_of(dtype) if device.type == "cpu" and not _is_off else None
 
 
+def is_off() -> bool:
+    """Inside ``references_only``."""
+    return _is_off
+
+
 @contextmanager
 def references_only() -> Iterator[None]:
     """Run the references inside, for tests and comparisons. For the whole process: not to be used while others compute."""

@@ -1,0 +1,52 @@
+"""Block sizes of the decode ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """block_n: keys of a tile; 64 fill one warpgroup's product on an H100. block_m: columns that a kv head's g rows are padded
+    to, at least 16 for a warpgroup's product. block_h: frequencies (of D/2) that K is rebuilt for at once."""
+
+    block_n: int
+    block_m: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedConfig:
+    """The same; columns are members * g. maxnreg: registers of a thread, at the price of spills, where set."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+def decode_config(head_dim: int, group: int, itemsize: int, rank: int) -> DecodeConfig:
+    """rank: of the stacks, 0 without residuals."""
+    block_m, half = max(16, power_of_two(group)), power_of_two(head_dim // 2)
+    if itemsize == 4:  # without tensor cores: for parity runs
+        return DecodeConfig(32, block_m, min(half, 32), 4, 1)
+    if head_dim > 128 or rank > 32:
+        return DecodeConfig(64, block_m, min(half, 32), 4, 2)
+    return DecodeConfig(64, block_m, half, 4, 3)
+
+
+def grouped_config(head_dim: int, num_columns: int, itemsize: int, rank: int, has_k: bool) -> GroupedConfig:
+    """num_columns: members times g, padded."""
+    if itemsize == 4:
+        return GroupedConfig(32, 4, 1)
+    if rank == 0 or not has_k:
+        return GroupedConfig(64, 8 if num_columns > 64 or head_dim > 128 else 4, 2)
+    if num_columns > 32 or head_dim > 128:
+        return GroupedConfig(128, 8, 2 if head_dim <= 128 else 1)
+    return GroupedConfig(64, 4, 2)
+
+
+def power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,111 @@
+"""Bytes and arithmetic of steps, against numbers derived by hand for one layer of Llama-3.1-8B."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from forkkv_cluster.core.cost_model.cards import Card
+from forkkv_cluster.core.cost_model.memory import Policy
+from forkkv_cluster.core.cost_model.shapes import LLAMA_3_1_8B, LoraShape, Workload
+from forkkv_cluster.core.cost_model.work import (
+    FLOOR,
+    Work,
+    decode_work,
+    extend_seconds,
+    own_attention,
+    shared_attention,
+)
+
+LAYERS, GFLOP = 32, 1e9
+THIRTY_TWO = Workload(context=32768, agents=32, adapters=32)
+ROUND = Card("round", 0, tb_per_s=1.0, tflop_per_s=1.0, source="a test")
+FAST = replace(ROUND, tflop_per_s=1e6)
+
+
+def test_stacked_rows_of_32_agents_take_17_gflop_a_layer() -> None:
+    # 1024 query rows x 32768 keys x 128 elements x 2 products x 2
+    work = shared_attention(LLAMA_3_1_8B, THIRTY_TWO, batch=32, adapters=32, copies=1, has_residual=False)
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4
+    assert work.flop / LAYERS / GFLOP == pytest.approx(17.2, abs=0.1)
+    assert work.num_bytes == 4 * 2**30
+
+
+def test_rebuilding_k_once_an_adapter_takes_34_gflop_a_layer() -> None:
+    plain = shared_attention(LLAMA_3_1_8B, THIRTY_TWO, 32, adapters=32, copies=1, has_residual=False)
+    work = shared_attention(LLAMA_3_1_8B, THIRTY_TWO, 32, adapters=32, copies=1, has_residual=True)
+    keys = 32 * 32768  # of all adapters
+    rebuilt = keys * 2 * 16 * 1024
+    scores = keys * 2 * 32 * 1024  # against the 32 columns of a group, 8 agents' 4 rows of a kv head
+    values = keys * 2 * 16 * 32 * 8
+    assert rebuilt / GFLOP == pytest.approx(34.4, abs=0.1)
+    assert (work.flop - plain.flop) / LAYERS == rebuilt + scores + values
+    assert work.flop / LAYERS / GFLOP == pytest.approx(129, abs=0.5)
+    assert work.num_bytes - plain.num_bytes == keys * 2048
+
+
+def test_agents_of_one_adapter_rebuild_k_once_together() -> None:
+    eight = Workload(context=32768, agents=32, adapters=8)
+    work = shared_attention(LLAMA_3_1_8B, eight, 32, adapters=8, copies=1, has_residual=True)
+    keys = 8 * 32768
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + keys * (2 * 16 * 1024 + 2 * 32 * 1024 + 2 * 16 * 32 * 8)
+
+
+def test_an_adapter_of_more_agents_than_a_group_holds_is_rebuilt_in_each() -> None:
+    one = Workload(context=32768, agents=32, adapters=1)
+    work = shared_attention(LLAMA_3_1_8B, one, 32, adapters=1, copies=1, has_residual=True)
+    assert work.num_bytes == 4 * 2**30 + 32768 * 2048
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 4 * 32768 * (2 * 16 * 1024 + 2 * 32 * 1024 + 2 * 16 * 32 * 8)
+
+
+def test_few_agents_are_padded_to_a_tile() -> None:
+    two = Workload(context=32768, agents=2, adapters=2)
+    work = shared_attention(LLAMA_3_1_8B, two, 2, adapters=2, copies=1, has_residual=True)
+    base = 16 * 8 * 32768 * 128 * 4
+    assert work.flop / LAYERS == base + 2 * 32768 * (2 * 16 * 1024 + 2 * 16 * 1024 + 2 * 16 * 16 * 8)
+
+
+def test_without_lora_on_k_nothing_is_rebuilt() -> None:
+    no_k = Workload(context=32768, agents=32, adapters=32, lora=LoraShape(16, ("q", "v")))
+    work = shared_attention(LLAMA_3_1_8B, no_k, 32, adapters=32, copies=1, has_residual=True)
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 32 * 32768 * 2 * 16 * 64 * 8
+
+
+def test_isolated_copies_pad_the_rows_of_each() -> None:
+    # 4 rows of one agent's kv head fill a tile of 16
+    work = shared_attention(LLAMA_3_1_8B, THIRTY_TWO, 32, adapters=32, copies=32, has_residual=False)
+    assert work.num_bytes == 128 * 2**30
+    assert work.flop / LAYERS == 4 * 1024 * 32768 * 128 * 4
+
+
+def test_own_tokens_are_read_by_each_agent() -> None:
+    work = own_attention(LLAMA_3_1_8B, THIRTY_TWO, batch=32, own_len=100, has_residual=True)
+    assert work.num_bytes == 32 * 100 * 130 * 1024
+
+
+def test_every_decode_step_reads_linears_and_head_once() -> None:
+    plain = decode_work(Policy.NO_ADAPTERS, LLAMA_3_1_8B, THIRTY_TWO, batch=32, adapters=32, own_len=0)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert plain.linears.num_bytes == 2 * (32 * layer + 128256 * 4096)
+    assert plain.linears.flop == 2 * 32 * (32 * layer + 128256 * 4096)
+    adapted = decode_work(Policy.EAGER, LLAMA_3_1_8B, THIRTY_TWO, batch=32, adapters=8, own_len=0)
+    assert adapted.linears.num_bytes - plain.linears.num_bytes == 8 * 2 * LoraShape().num_params(LLAMA_3_1_8B)
+
+
+def test_the_larger_of_bytes_and_arithmetic_takes_the_time() -> None:
+    assert Work(2e12, 1e12).seconds(ROUND, 1, 1) == 2.0
+    assert Work(1e12, 3e12).seconds(ROUND, 1, 1) == 3.0
+    assert Work(1e12, 3e12).seconds(ROUND, 0.25, 1) == 4.0
+
+
+def test_prefill_is_linear_work_and_half_a_square_of_attention() -> None:
+    model, tokens = LLAMA_3_1_8B, 8192
+    linear = 2 * tokens * model.linear_params
+    attention = 4 * (tokens**2 / 2) * 4096 * 32
+    assert extend_seconds(model, ROUND, FLOOR, tokens, 0) == pytest.approx((linear + attention) / 1e12)
+
+
+def test_a_short_extend_reads_weights_and_the_cached_context() -> None:
+    seconds = extend_seconds(LLAMA_3_1_8B, FAST, FLOOR, 1, 32768)
+    assert seconds == pytest.approx((LLAMA_3_1_8B.streamed_bytes + 4 * 2**30) / 1e12)
