@@ -95,16 +95,19 @@ class LLM:
 
         Raises InvalidArgument or Unsupported that names the bad field. For every other setting: ``from_config``.
         """
+        default = parse_sharing(adapter_sharing)
+        # By name they are measured at once, by the default alone only when they have been used.
+        named = {"sharing": str(default)} if default is Sharing.AUTO else {}
         self._open(
             parse_config(
                 {
                     "model": {"path": str(model), "name": Path(model).name, "dtype": dtype, "device": device},
-                    "adapters": [{"name": name, "path": str(path)} for name, path in (adapters or {}).items()],
+                    "adapters": [{"name": name, "path": str(path), **named} for name, path in (adapters or {}).items()],
                     "cache": {"kv_bytes": kv_bytes},
                     # One caller, who waits for everything: there is nobody to be told to come again.
                     "scheduler": SchedulerConfig(max_num_waiting=_NO_LIMIT).model_dump(),
                     "worker": {"num_threads": num_threads or os.cpu_count() or 1},
-                    "defaults": {"adapter_sharing": str(parse_sharing(adapter_sharing))},
+                    "defaults": {"adapter_sharing": str(default)},
                 }
             )
         )

@@ -373,3 +373,10 @@ def test_an_adapter_whose_residual_no_page_holds_is_isolated_under_auto_and_refu
     with pytest.raises(Unsupported, match=r"sharing='eager'.*17 columns"):
         fake.engine.load_adapter("broad", "fake:broad:17", Sharing.EAGER)
     assert "broad" not in {info.name for info in fake.engine.list_adapters()}
+
+
+def test_offline_an_adapter_is_measured_before_the_first_answer_where_that_is_asked_for(fidelity_kit: FidelityKit):
+    adapters = {"weak": fidelity_kit.adapters["weak"]}
+    llm = LLM(fidelity_kit.model_dir, adapters, dtype="float32", kv_bytes="32MiB", num_threads=1, adapter_sharing="auto")
+    (info,) = llm.engine.list_adapters()
+    assert verdict_of(info).state is VerdictState.MEASURED
