@@ -58,7 +58,9 @@ def test_an_adapter_that_leaves_k_or_v_alone(place: Place, ranks: tuple[int, int
 
 
 @few_places
-@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(5, 3, 80), (1, 7, 96), (3, 1, 256), (2, 4, 128), (1, 8, 64)])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group", "head_dim"), [(5, 3, 80), (1, 7, 96), (3, 1, 256), (2, 4, 128), (1, 8, 64), (2, 2, 8)]
+)
 def test_heads_of_any_number_and_size(place: Place, num_kv_heads: int, group: int, head_dim: int) -> None:
     shape = {"num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim, "ranks": ((16, 16),)}
     assert_right(case_at(place, [Agent(70, 40, 0)], **shape), place)

@@ -29,7 +29,7 @@ class GroupedConfig:
 
 def decode_config(head_dim: int, group: int, itemsize: int, rank: int) -> DecodeConfig:
     """rank: of the stacks, 0 without residuals."""
-    block_m, half = max(16, power_of_two(group)), power_of_two(head_dim // 2)
+    block_m, half = max(16, power_of_two(group)), max(8, power_of_two(head_dim // 2))  # a product's inner axis: 16 and more
     if itemsize == 4:  # without tensor cores: for parity runs
         return DecodeConfig(32, block_m, min(half, 32), 4, 1)
     if head_dim > 128 or rank > 32:

@@ -41,7 +41,7 @@ SHORT = Config(block_c=16, block_k=512, block_n=256, max_programs=1 << 14)
 LONG = Config(block_c=64, block_k=64, block_n=128, max_programs=256)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def _shrink_kernel(
     x_ptr, x_stride, a_ptr, a_stride, ranks_ptr, ranks_stride, ones_ptr, ones_stride, tiles_ptr, rows_ptr, out_ptr,
     in_size, num_columns, num_entries, split_size,
@@ -115,7 +115,7 @@ def summed(ptrs, is_row, columns, rank, split_stride, NUM_SPLITS: tl.constexpr):
     return tl.where(is_column, total, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def _expand_kernel(
     out_ptr, out_stride, shrunk_ptr, b_ptr, b_stride, b_row_stride, ranks_ptr, ranks_stride, tiles_ptr, rows_ptr, limits_ptr,
     num_columns, num_entries, size_0, size_1, size_2,
@@ -244,8 +244,8 @@ def aot_variants() -> list[AotVariant]:
 def _shrink_variant(name: str, height: int, num_modules: int, rank: int, config: Config) -> AotVariant:
     signature = dict.fromkeys(("x_ptr", "a_ptr"), "*bf16") | {"out_ptr": "*fp32"}
     signature |= dict.fromkeys(("ranks_ptr", "ones_ptr", "tiles_ptr", "rows_ptr"), "*i32")
-    signature |= dict.fromkeys(("x_stride", "a_stride", "in_size", "num_columns", "num_entries", "split_size"), "i32:16")
-    signature |= {"ranks_stride": "i32", "ones_stride": "i32:16"}
+    signature |= dict.fromkeys(("x_stride", "a_stride", "in_size", "num_columns", "split_size"), "i32:16")
+    signature |= {"num_entries": "i32", "ranks_stride": "i32", "ones_stride": "i32:16"}
     constants = {
         "R": rank, "HAS_ONES": False, "IS_EVEN": True, "IS_ONE_BLOCK": config is SHORT, "PDL": False, "PRECISION": "tf32",
         "BLOCK_M": height, "BLOCK_C": min(config.block_c, triton.next_power_of_2(num_modules * rank)),
@@ -257,8 +257,8 @@ def _shrink_variant(name: str, height: int, num_modules: int, rank: int, config:
 def _expand_variant(name: str, height: int, rank: int, num_splits: int, config: Config) -> AotVariant:
     signature = {"out_ptr": "*bf16", "shrunk_ptr": "*fp32", "b_ptr": "*bf16"}
     signature |= dict.fromkeys(("ranks_ptr", "tiles_ptr", "rows_ptr", "limits_ptr"), "*i32")
-    signature |= dict.fromkeys(("out_stride", "b_stride", "b_row_stride", "num_columns", "num_entries"), "i32:16")
-    signature |= {"ranks_stride": "i32", "size_0": "i32:16", "size_1": "i32:16", "size_2": "i32:16"}
+    signature |= dict.fromkeys(("out_stride", "b_stride", "b_row_stride", "num_columns"), "i32:16")
+    signature |= {"num_entries": "i32", "ranks_stride": "i32", "size_0": "i32:16", "size_1": "i32:16", "size_2": "i32:16"}
     constants = {
         "NUM_SPLITS": num_splits, "R": rank, "HAS_LIMITS": False, "PDL": False, "PRECISION": "tf32",
         "BLOCK_M": height, "BLOCK_N": config.block_n, "BLOCK_R": min(rank, 32),

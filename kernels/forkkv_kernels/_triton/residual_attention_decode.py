@@ -233,7 +233,7 @@ def _constants(head_dim: int, group: int, is_exact: bool, config: DecodeConfig) 
         "PRECISION": "ieee" if is_exact else "tf32",
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),  # a product's inner axis is 16 long at least
         "BLOCK_H": config.block_h,
     }
 

@@ -15,7 +15,7 @@ from forkkv_kernels.reference.store_residuals import KeyScaleTables, ResidualTab
 _NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def _store_residuals_kernel(
     shrunk_ptr, num_columns, num_entries, tiles_ptr, rows_ptr, slots_ptr, ranks_ptr, ranks_stride, widths_ptr,
     k_plane_ptr, v_plane_ptr, k_ptr, k_stride, b_ptr, b_stride, b_row_stride, norm_columns_ptr, change_columns_ptr, head_dim,
@@ -95,8 +95,13 @@ def aot_variants() -> list[AotVariant]:
 def _variant(name: str, has_scale: bool) -> AotVariant:
     signature = dict.fromkeys(("k_plane_ptr", "v_plane_ptr", "k_ptr", "b_ptr"), "*bf16") | {"shrunk_ptr": "*fp32"}
     tables = ("tiles_ptr", "rows_ptr", "ranks_ptr", "widths_ptr", "norm_columns_ptr", "change_columns_ptr")
-    signature |= dict.fromkeys(tables, "*i32") | {"slots_ptr": "*i64", "ranks_stride": "i32", "eps": "fp32"}
-    sizes = ("num_columns", "num_entries", "k_stride", "b_stride", "b_row_stride", "head_dim")
+    signature |= dict.fromkeys(tables, "*i32") | {
+        "slots_ptr": "*i64",
+        "num_entries": "i32",
+        "ranks_stride": "i32",
+        "eps": "fp32",
+    }
+    sizes = ("num_columns", "k_stride", "b_stride", "b_row_stride", "head_dim")
     signature |= dict.fromkeys(sizes, "i32:16")
     constants = {
         "NUM_SPLITS": 1, "R": 64, "HAS_SCALE": has_scale, "PRECISION": "tf32", "BLOCK_M": 64, "BLOCK_D": 128, "BLOCK_R": 32,
