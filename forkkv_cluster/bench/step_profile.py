@@ -11,14 +11,16 @@ from forkkv_cluster.bench.measurement import Measurement
 from forkkv_cluster.engine.engine import Engine
 from forkkv_cluster.engine.outputs import StepOutput
 
+Files = str | tuple[str, ...]
+"""How a path may end."""
 Function = tuple[str, int, str]
 """(file, line, name), as the profiler names one."""
 
 _STEP = ("engine/engine.py", "step")
-_PARTS: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
-    # what, functions, file that they must be called from ("": any): no two of them contain each other
-    ("linear layers", (("layers/linear.py", "__call__"),), "models/decoder.py"),
-    ("LoRA", (("engine/step_lora.py", "qkv_"), ("engine/step_lora.py", "add_")), ""),
+_PARTS: tuple[tuple[str, tuple[tuple[str, str], ...], Files], ...] = (
+    # what, functions, files that they must be called from ("": any): no two of them contain each other
+    ("linear layers", (("layers/linear.py", "__call__"),), ("models/decoder.py", "engine/step_lora.py")),
+    ("LoRA", (("engine/step_lora.py", "_add_"),), ""),
     ("attention", (("engine/attention.py", "run"), ("engine/native_attention.py", "run")), ""),
     (
         "norms, rotation, activation",
@@ -73,7 +75,7 @@ class ProfiledEngine(Engine):
         ]
 
 
-def _seconds(stats: dict[Function, tuple[Any, ...]], functions: Iterable[tuple[str, str]], caller: str) -> float:
+def _seconds(stats: dict[Function, tuple[Any, ...]], functions: Iterable[tuple[str, str]], caller: Files) -> float:
     """Time in the functions and whatever they call."""
     callers = [entry[4] for function, entry in stats.items() if any(_is(function, name) for name in functions)]
     return float(sum(call[3] for calls in callers for by, call in calls.items() if by[0].endswith(caller)))

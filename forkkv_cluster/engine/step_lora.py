@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from forkkv_cluster.engine.adapter_tables import Table
 from forkkv_cluster.engine.adapters import AdapterSlots, LayerLora
 from forkkv_cluster.engine.kv_buffers import KVBuffers
+from forkkv_cluster.engine.layers.linear import Linear
 from forkkv_cluster.engine.layers.lora import FusedLora
 from forkkv_cluster.engine.step_inputs import ResidualRows, StepInputs
 
@@ -21,19 +22,26 @@ MAX_SHORT_ROWS = 16
 swept."""
 
 
+class Product(NamedTuple):
+    """What a linear and its adapters give, as summands [T, fused out]: who reads it adds ``added``, where that is not None."""
+
+    out: Tensor
+    added: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        return self.out if self.added is None else self.out + self.added
+
+
 class StepAdapters(Protocol):
-    """What the adapters of a step add, layer by layer; in place."""
+    """A step's linears with what its adapters add to them, layer by layer."""
 
-    def qkv_(self, index: int, qkv: Tensor, x: Tensor) -> None:
-        """qkv [T, Q + 2 KV] of layer ``index`` from x [T, H]. k and v change in merged rows only."""
-        ...
-
-    def add_(self, index: int, group: str, out: Tensor, x: Tensor) -> None:
-        """out [T, fused out] of layer ``index`` from x [T, in]; group is ``o``, ``gate_up`` or ``down``."""
+    def linear(self, index: int, group: str, base: Linear, x: Tensor) -> Product:
+        """``base`` and LoRA of layer ``index`` on x [T, in]; group is ``qkv``, ``o``, ``gate_up`` or ``down``. k and v change
+        in merged rows only."""
         ...
 
     def store_residuals(self, index: int, x: Tensor, k: Tensor) -> None:
-        """x A_k and x A_v of every residual write of the step; k [T, Hkv, D] before its norm. After ``qkv_`` of the layer."""
+        """x A_k and x A_v of every residual write of the step; k [T, Hkv, D] before its norm. After the layer's qkv."""
         ...
 
 
@@ -51,20 +59,22 @@ class StepLora:
         if _is_one_call(step, dtype):
             self._tables = _segment_tables(step, adapters)
 
-    def qkv_(self, index: int, qkv: Tensor, x: Tensor) -> None:
-        if self._tables is not None:
-            self._add_rows_(index, "qkv", qkv, x)
-            return
-        self._shrunk = [self._add_qkv_(qkv, x, number, layer.qkv) for number, layer in enumerate(self._layers(index))]
+    def linear(self, index: int, group: str, base: Linear, x: Tensor) -> Product:
+        """LoRA is added in place."""
+        out = base(x)
+        self._add_(index, group, out, x)
+        return Product(out)
 
-    def add_(self, index: int, group: str, out: Tensor, x: Tensor) -> None:
+    def _add_(self, index: int, group: str, out: Tensor, x: Tensor) -> None:
         if self._tables is not None:
             self._add_rows_(index, group, out, x)
-            return
-        for segment, layer in zip(self._step.lora, self._layers(index), strict=True):
-            factors = layer.by_group()[group]
-            if factors is not None:
-                factors.apply_(out[segment.rows], x[segment.rows])
+        elif group == "qkv":
+            self._shrunk = [self._add_qkv_(out, x, number, layer.qkv) for number, layer in enumerate(self._layers(index))]
+        else:
+            for segment, layer in zip(self._step.lora, self._layers(index), strict=True):
+                factors = layer.by_group()[group]
+                if factors is not None:
+                    factors.apply_(out[segment.rows], x[segment.rows])
 
     def store_residuals(self, index: int, x: Tensor, k: Tensor) -> None:
         """A segment's own shrink is used again where it has the products."""

@@ -11,7 +11,6 @@ import torch
 from forkkv_kernels.ops.lora_tiles import (
     LoraStacks,
     LoraTiles,
-    lora_expand_tiles,
     lora_expand_tiles_,
     lora_shrink_tiles,
     max_tiles,
@@ -147,7 +146,7 @@ def test_expand_adds_each_row_its_adapter_s_product(case: Case, place: Place) ->
 @pytest.mark.parametrize("place", [REFERENCE, *DOT_PLACES])
 @pytest.mark.parametrize("limits", [None, [1, 3, 0, 3, 1, 1, 0, 2, 3, 3, 3]], ids=["whole", "first-modules"])
 def test_the_lora_by_itself_is_what_would_be_added(place: Place, limits: list[int] | None) -> None:
-    """0 where nothing would be."""
+    """0 where a module is not targeted. What the tiles do not have stays as it is."""
     case = CASES["ranks-0-1-8-16-of-qkv"]
     x, stacks, tiles = filled(place, 9, case.in_size, seed=0), stacks_of(case, place), tiles_of(case, place)
     table = tile_table([(0, 0, 3), (-1, 3, 4), (2, 4, 8)], 16, 5).to(place.device)
@@ -155,12 +154,19 @@ def test_the_lora_by_itself_is_what_would_be_added(place: Place, limits: list[in
     if limits is not None:
         tiles = replace(tiles, limits=torch.tensor(limits, dtype=torch.int32, device=place.device))
     wanted = torch.zeros(9, sum(case.out_sizes), dtype=place.dtype, device=place.device)
+    found = torch.full_like(wanted, 7)
     with place.entered():
         shrunk = lora_shrink_tiles(x, stacks, tiles)
-        found = lora_expand_tiles(shrunk, stacks, tiles, 9)
+        lora_expand_tiles_(found, shrunk, stacks, tiles, adds=False)
         lora_expand_tiles_(wanted, shrunk, stacks, tiles)
-    assert torch.equal(found, wanted)
+    starts = [0, *torch.tensor(case.out_sizes).cumsum(0).tolist()]
+    for entry in range(9):
+        num_modules = 0 if entry in (3, 8) else 3 if limits is None else limits[entry]
+        row, changed = int(tiles.rows[entry]), starts[num_modules]
+        assert torch.equal(found[row, :changed], wanted[row, :changed])
+        assert (found[row, changed:] == 7).all()
     assert (wanted[tiles.rows[:3].long()] != 0).any()
+    assert (found == 0).any()  # adapter 0 has no LoRA on the first module
 
 
 @pytest.mark.parametrize("place", [REFERENCE, *DOT_PLACES])

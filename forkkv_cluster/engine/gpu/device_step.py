@@ -18,6 +18,7 @@ from forkkv_cluster.engine.adapters import AdapterSlots
 from forkkv_cluster.engine.batch import Batch
 from forkkv_cluster.engine.gpu.adapter_stacks import AdapterStacks
 from forkkv_cluster.engine.gpu.packed_tables import PackedTables
+from forkkv_cluster.engine.gpu.side_stream import SideStream
 from forkkv_cluster.engine.gpu.step_plan import StepPlan
 from forkkv_cluster.engine.gpu.step_sizes import MAX_DECODE_ROWS, StepSizes
 from forkkv_cluster.engine.gpu.tabled_attention import TabledAttention
@@ -45,7 +46,8 @@ class DeviceStep:
         self._captured: OrderedDict[StepSizes, _Captured] = OrderedDict()  # most recently used last
         is_cuda = self._device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        self._side = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._capturing = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._side = SideStream(self._device)
         self._version = 0
 
     def forward(self, batch: Batch) -> Tensor:
@@ -92,7 +94,7 @@ class DeviceStep:
         rounded.fill(step.tables.host, plan)
         step.tables.upload()
         if self._device.type != "cuda":
-            return self._run(rounded, step.tables.device)[: sizes.num_outputs]
+            return self._run(rounded, step.tables.device, self._side)[: sizes.num_outputs]
         if step.graph is None:
             self._capture(step, rounded)
         assert step.graph is not None
@@ -102,17 +104,17 @@ class DeviceStep:
 
     def _capture(self, step: _Captured, sizes: StepSizes) -> None:
         """Runs the step first, on a stream of its own: kernels are compiled, libraries take their workspaces."""
-        assert self._side is not None
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
-            self._run(sizes, step.tables.device)
-        torch.cuda.current_stream(self._device).wait_stream(self._side)
+        assert self._capturing is not None
+        self._capturing.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._capturing):
+            self._run(sizes, step.tables.device, self._side)
+        torch.cuda.current_stream(self._device).wait_stream(self._capturing)
         step.graph = torch.cuda.CUDAGraph()
         # Another thread may read an adapter meanwhile, and ask the device for something.
-        with torch.cuda.graph(step.graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
-            step.hidden = self._run(sizes, step.tables.device)
+        with torch.cuda.graph(step.graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"):
+            step.hidden = self._run(sizes, step.tables.device, self._side)
 
-    def _run(self, sizes: StepSizes, tables: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, sizes: StepSizes, tables: Mapping[str, Tensor], side: SideStream | None = None) -> Tensor:
         rows = StepRows(
             token_ids=tables["token_ids"].long(),
             cos_sin=self._rotary.rows[tables["positions"].long()],
@@ -121,7 +123,7 @@ class DeviceStep:
         )
         has_key_scale = self._model.config.qk_norm
         attention = TabledAttention(sizes, tables, self._stacks, self._kv, self._rotary, has_key_scale)
-        lora = TiledLora(tables, sizes.lora, sizes.writes, self._stacks, self._kv, self._model.config)
+        lora = TiledLora(tables, sizes.lora, sizes.writes, self._stacks, self._kv, self._model.config, side)
         return self._model.forward(rows, attention, lora, self._kv)
 
 

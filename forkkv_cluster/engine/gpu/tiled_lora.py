@@ -4,46 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from forkkv_kernels.ops.lora_tiles import LoraTiles, lora_expand_tiles_, lora_shrink_tiles
+import torch
+from forkkv_kernels.ops.lora_tiles import lora_expand_tiles_, lora_shrink_tiles
 from forkkv_kernels.ops.store_residuals import KeyScaleTables, ResidualTables, store_residuals
 from torch import Tensor
 
 from forkkv_cluster.engine.gpu.adapter_stacks import AdapterStacks
+from forkkv_cluster.engine.gpu.side_stream import SideStream
 from forkkv_cluster.engine.gpu.step_sizes import LORA, WRITES
 from forkkv_cluster.engine.gpu.step_tables import TileSizes
 from forkkv_cluster.engine.kv_buffers import KVBuffers
+from forkkv_cluster.engine.layers.linear import Linear
 from forkkv_cluster.engine.models.config import ModelConfig
+from forkkv_cluster.engine.step_lora import Product
 
 
 class TiledLora:
-    """As ``step_lora.StepLora``, over ``AdapterStacks``. ``lora`` or ``writes`` None: the step has none."""
+    """As ``step_lora.StepLora``, over ``AdapterStacks``. ``lora`` or ``writes`` None: the step has none.
+
+    With ``side`` LoRA is computed there, beside the linear, and left to be added by whoever reads its output: few rows cost
+    launches and latency, which the linear hides. Without, in its turn and in place: many rows keep the device busy, and a
+    second output would cost more than it saves.
+    """
 
     def __init__(
         self, tables: Mapping[str, Tensor], lora: TileSizes | None, writes: TileSizes | None, stacks: AdapterStacks,
-        kv: KVBuffers, config: ModelConfig,
+        kv: KVBuffers, config: ModelConfig, side: SideStream | None = None,
     ) -> None:  # fmt: skip
         self._stacks, self._kv, self._config = stacks, kv, config
         self._tiles = self._qkv_tiles = self._write_tiles = None
         self._slots: Tensor | None = None
+        self._side = side
+        self._added: dict[str, Tensor] = {}
         if lora is not None:
             self._qkv_tiles = lora.tiles(tables, LORA, has_limits=True)
             self._tiles = lora.tiles(tables, LORA)
+            if side is not None:
+                self._added = self._zeros(len(tables["token_ids"]))
         if writes is not None:
             self._write_tiles = writes.tiles(tables, WRITES)
             self._slots = tables[f"{WRITES}.slots"]
 
-    def qkv_(self, index: int, qkv: Tensor, x: Tensor) -> None:
-        """qkv [T, Q + 2 KV] of layer ``index`` from x [T, H], in place."""
-        self._add_(index, "qkv", qkv, x, self._qkv_tiles)
-
-    def add_(self, index: int, group: str, out: Tensor, x: Tensor) -> None:
-        """out [T, fused out] of layer ``index`` from x [T, in], in place; group is ``o``, ``gate_up`` or ``down``."""
-        self._add_(index, group, out, x, self._tiles)
-
-    def _add_(self, index: int, group: str, out: Tensor, x: Tensor, tiles: LoraTiles | None) -> None:
-        if tiles is not None and group in self._stacks.groups:
-            stacks = self._stacks.lora(index)[group]
+    def linear(self, index: int, group: str, base: Linear, x: Tensor) -> Product:
+        """As ``StepAdapters.linear``. What is added is to be read before the next layer's linear of that group."""
+        tiles = self._qkv_tiles if group == "qkv" else self._tiles
+        if tiles is None or group not in self._stacks.groups:
+            return Product(base(x))
+        stacks = self._stacks.lora(index)[group]
+        if self._side is None:
+            out = base(x)
             lora_expand_tiles_(out, lora_shrink_tiles(x, stacks, tiles), stacks, tiles)
+            return Product(out)
+        added = self._added[group]
+        with self._side.fork():
+            lora_expand_tiles_(added, lora_shrink_tiles(x, stacks, tiles), stacks, tiles, adds=False)
+        out = base(x)
+        self._side.join()
+        return Product(out, added)
+
+    def _zeros(self, num_rows: int) -> dict[str, Tensor]:
+        """By group what LoRA adds, [num_rows, fused out]. One for all layers, cleared once: the same rows are written in each,
+        and no others."""
+        widths = {group: sum(self._stacks.lora(0)[group].out_sizes) for group in sorted(self._stacks.groups)}
+        dtype, device = self._kv.arena.dtype, self._kv.arena.device
+        whole = torch.zeros(num_rows * sum(widths.values()), dtype=dtype, device=device)
+        parts = torch.split(whole, [num_rows * width for width in widths.values()])
+        return {group: part.view(num_rows, -1) for group, part in zip(widths, parts, strict=True)}
 
     def store_residuals(self, index: int, x: Tensor, k: Tensor) -> None:
         """x A_k and x A_v of every residual write, and under QK-norm what rescales K. k [T, Hkv, D] before its norm."""

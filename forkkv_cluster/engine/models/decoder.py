@@ -20,7 +20,7 @@ from forkkv_cluster.engine.kv_buffers import KVBuffers
 from forkkv_cluster.engine.layers.linear import Linear
 from forkkv_cluster.engine.models.config import ModelConfig
 from forkkv_cluster.engine.step_inputs import StepRows
-from forkkv_cluster.engine.step_lora import StepAdapters
+from forkkv_cluster.engine.step_lora import Product, StepAdapters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +58,8 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
-        self.reduce: Callable[[Tensor], Tensor] = lambda partial: partial
-        """What the o and down products go through: with several ranks, [T, H] of this one -> the sum over all of them."""
+        self.reduce: Callable[[Tensor], Tensor] | None = None
+        """With several ranks, what the o and down products go through: [T, H] of this one -> the sum over all of them."""
         self.on_layer: Callable[[int, Tensor], None] | None = None
         """For measurements: called after each layer with its index and the hidden states [T, H] of all rows."""
 
@@ -71,23 +71,30 @@ class Decoder:
     def forward(self, rows: StepRows, attention: Attention, lora: StepAdapters, kv: KVBuffers) -> Tensor:
         """Run all rows, write their KV, return the last hidden states [R + n, H] of ``rows.output_rows``."""
         hidden = self._weights.embed[rows.token_ids]
-        eps = self.config.rms_norm_eps
-        delta: Tensor | None = None
+        delta: Product | None = None
         for index, weights in enumerate(self._weights.layers):
-            x = add_rms_norm_(hidden, delta, weights.input_norm, eps)
+            x = self._add_norm_(hidden, delta, weights.input_norm)
             q = self._project_and_store(index, x, rows, lora, kv)
             if index == self.config.num_layers - 1 and len(rows.output_rows) == 0:
                 break  # A pass for its KV alone: nobody reads what the last layer would compute.
             attended = attention.run(index, q).flatten(1)
-            attended = self.reduce(_linear(attended, weights.o, lora, index, "o"))
-            x = add_rms_norm_(hidden, attended, weights.post_norm, eps)
-            gate_up = _linear(x, weights.gate_up, lora, index, "gate_up")
-            delta = self.reduce(_linear(silu_mul(gate_up), weights.down, lora, index, "down"))
+            x = self._add_norm_(hidden, self._reduced(lora.linear(index, "o", weights.o, attended)), weights.post_norm)
+            activated = silu_mul(*lora.linear(index, "gate_up", weights.gate_up, x))
+            delta = self._reduced(lora.linear(index, "down", weights.down, activated))
             if self.on_layer is not None:
-                self.on_layer(index, hidden + delta)
+                self.on_layer(index, hidden + delta.whole())
         if delta is not None:
-            hidden += delta
+            hidden += delta.whole()
         return hidden[rows.output_rows]
+
+    def _add_norm_(self, hidden: Tensor, delta: Product | None, weight: Tensor) -> Tensor:
+        """hidden += delta in place, then its norm."""
+        out, added = delta if delta is not None else (None, None)
+        normed: Tensor = add_rms_norm_(hidden, out, weight, self.config.rms_norm_eps, added)
+        return normed
+
+    def _reduced(self, product: Product) -> Product:
+        return product if self.reduce is None else Product(self.reduce(product.whole()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H], as ``forward`` returns it -> logits [n, V] fp32."""
@@ -97,21 +104,15 @@ class Decoder:
     def _project_and_store(self, index: int, x: Tensor, rows: StepRows, lora: StepAdapters, kv: KVBuffers) -> Tensor:
         """Project q, k, v; write KV of this layer; return q [T, Hq, D] rotated."""
         config, weights = self.config, self._weights.layers[index]
-        qkv = weights.qkv(x)
-        lora.qkv_(index, qkv, x)
-        heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        qkv, added = lora.linear(index, "qkv", weights.qkv, x)
+        shape = (len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        heads, added = qkv.view(shape), added.view(shape) if added is not None else None
         norms = None
         if weights.q_norm is not None and weights.k_norm is not None:
             norms = HeadNorms(weights.q_norm, weights.k_norm, config.rms_norm_eps)
-        q: Tensor = store_kv(heads, rows.cos_sin, norms, rows.base_slots, *kv.base(index))
+        q: Tensor = store_kv(heads, rows.cos_sin, norms, rows.base_slots, *kv.base(index), added)
         lora.store_residuals(index, x, heads[:, config.num_heads : config.num_heads + config.num_kv_heads])
         return q
-
-
-def _linear(x: Tensor, base: Linear, lora: StepAdapters, index: int, group: str) -> Tensor:
-    out = base(x)
-    lora.add_(index, group, out, x)
-    return out
 
 
 def load_decoder(config: ModelConfig, take: Callable[[str, tuple[int, ...]], Tensor]) -> Decoder:

@@ -119,7 +119,7 @@ def summed(ptrs, is_row, columns, rank, split_stride, NUM_SPLITS: tl.constexpr):
 def _expand_kernel(
     out_ptr, out_stride, shrunk_ptr, b_ptr, b_stride, b_row_stride, ranks_ptr, ranks_stride, tiles_ptr, rows_ptr, limits_ptr,
     num_columns, num_entries, size_0, size_1, size_2,
-    NUM_SPLITS: tl.constexpr, R: tl.constexpr, HAS_LIMITS: tl.constexpr, PDL: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, R: tl.constexpr, HAS_LIMITS: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
@@ -146,7 +146,8 @@ def _expand_kernel(
     is_member = members < count
     entries = (first + members).to(tl.int64)
     rows = tl.load(rows_ptr + entries, mask=is_member, other=0).to(tl.int64)
-    is_member = is_member & (rank > 0)
+    if ADDS:
+        is_member = is_member & (rank > 0)
     if HAS_LIMITS:
         is_member = is_member & (module < tl.load(limits_ptr + entries, mask=is_member, other=0))
     columns = tl.arange(0, BLOCK_R)
@@ -160,15 +161,18 @@ def _expand_kernel(
     b = tl.load(b_ptrs, mask=(columns < rank)[:, None] & is_output, other=0.0)
     if PDL:
         gdc_wait()
-    is_added = is_member[:, None] & is_output
-    before = tl.load(out_ptrs, mask=is_added, other=0.0)
+    is_changed = is_member[:, None] & is_output
+    if ADDS:
+        before = tl.load(out_ptrs, mask=is_changed, other=0.0)
     shrunk = summed(shrunk_ptrs, is_member, columns, rank, split_stride, NUM_SPLITS)
     total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=PRECISION)
     for done in tl.static_range(BLOCK_R, R, BLOCK_R):
         shrunk = summed(shrunk_ptrs + done, is_member, done + columns, rank, split_stride, NUM_SPLITS)
         b = tl.load(b_ptrs + done * b_row_stride, mask=(done + columns < rank)[:, None] & is_output, other=0.0)
         total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=PRECISION)
-    tl.store(out_ptrs, (before.to(tl.float32) + total).to(before.dtype), mask=is_added)
+    if ADDS:
+        total += before.to(tl.float32)
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_changed)
 
 
 def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None = None) -> Tensor:
@@ -193,7 +197,9 @@ def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: C
     return out
 
 
-def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None = None) -> None:
+def lora_expand_tiles_(
+    out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, config: Config | None = None, adds: bool = True
+) -> None:
     if len(tiles.table) == 0:
         return
     config = config or _config(tiles)
@@ -204,8 +210,8 @@ def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: L
         out, out.stride(0), shrunk, stacks.b, stacks.b.stride(0), stacks.b.stride(1), stacks.ranks, stacks.ranks.stride(0),
         tiles.table, tiles.rows, limits if limits is not None else tiles.rows,
         num_modules * rank, num_entries, *sizes,
-        NUM_SPLITS=num_splits, R=rank, HAS_LIMITS=limits is not None, PDL=config.pdl, PRECISION=precision_of(out),
-        BLOCK_M=tiles.height, BLOCK_N=config.block_n, BLOCK_R=min(rank, 32),
+        NUM_SPLITS=num_splits, R=rank, HAS_LIMITS=limits is not None, ADDS=adds, PDL=config.pdl,
+        PRECISION=precision_of(out), BLOCK_M=tiles.height, BLOCK_N=config.block_n, BLOCK_R=min(rank, 32),
         num_warps=config.expand_warps, num_stages=1, **_launch_options(config),
     )  # fmt: skip
 
@@ -234,10 +240,10 @@ def aot_variants() -> list[AotVariant]:
     """Decode and prefill of Llama-3.1-8B at rank 16: q, k and v, and down, whose inner axis is the longest."""
     return [
         _shrink_variant("qkv_decode", 16, 3, 16, SHORT),
-        _expand_variant("qkv_decode", 16, 16, 8, SHORT),
+        _expand_variant("qkv_decode", 16, 16, 8, SHORT, adds=False),
         _shrink_variant("down_prefill", 64, 1, 16, LONG),
-        _expand_variant("down_decode", 16, 16, 28, SHORT),
-        _expand_variant("qkv_prefill", 64, 64, 1, LONG),
+        _expand_variant("down_decode", 16, 16, 28, SHORT, adds=False),
+        _expand_variant("qkv_prefill", 64, 64, 1, LONG, adds=True),
     ]
 
 
@@ -254,13 +260,13 @@ def _shrink_variant(name: str, height: int, num_modules: int, rank: int, config:
     return AotVariant(_shrink_kernel, signature, constants, config.shrink_warps, config.num_stages, f"lora_shrink_{name}")
 
 
-def _expand_variant(name: str, height: int, rank: int, num_splits: int, config: Config) -> AotVariant:
+def _expand_variant(name: str, height: int, rank: int, num_splits: int, config: Config, adds: bool) -> AotVariant:
     signature = {"out_ptr": "*bf16", "shrunk_ptr": "*fp32", "b_ptr": "*bf16"}
     signature |= dict.fromkeys(("ranks_ptr", "tiles_ptr", "rows_ptr", "limits_ptr"), "*i32")
     signature |= dict.fromkeys(("out_stride", "b_stride", "b_row_stride", "num_columns"), "i32:16")
     signature |= {"num_entries": "i32", "ranks_stride": "i32", "size_0": "i32:16", "size_1": "i32:16", "size_2": "i32:16"}
     constants = {
-        "NUM_SPLITS": num_splits, "R": rank, "HAS_LIMITS": False, "PDL": False, "PRECISION": "tf32",
-        "BLOCK_M": height, "BLOCK_N": config.block_n, "BLOCK_R": min(rank, 32),
+        "NUM_SPLITS": num_splits, "R": rank, "HAS_LIMITS": name.startswith("qkv"), "ADDS": adds, "PDL": False,
+        "PRECISION": "tf32", "BLOCK_M": height, "BLOCK_N": config.block_n, "BLOCK_R": min(rank, 32),
     }  # fmt: skip
     return AotVariant(_expand_kernel, signature, constants, config.expand_warps, 1, f"lora_expand_{name}")

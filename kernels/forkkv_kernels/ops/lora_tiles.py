@@ -18,7 +18,7 @@ from forkkv_kernels.launch import use_triton
 from forkkv_kernels.reference import lora_tiles as reference
 from forkkv_kernels.reference.lora_tiles import LoraStacks, LoraTiles, max_tiles, tile_table
 
-__all__ = ["LoraStacks", "LoraTiles", "lora_expand_tiles", "lora_expand_tiles_", "lora_shrink_tiles", "max_tiles", "tile_table"]
+__all__ = ["LoraStacks", "LoraTiles", "lora_expand_tiles_", "lora_shrink_tiles", "max_tiles", "tile_table"]
 
 _HEIGHTS = (16, 32, 64, 128)
 _MAX_MODULES = 3
@@ -38,27 +38,21 @@ def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> Tensor
     return kernels.lora_shrink_tiles(x, stacks, tiles)
 
 
-def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> None:
-    """out [T, O] += its LoRA in place, rows may be strided; shrunk [S, E, M, R] as the shrink with the same tiles gives it."""
+def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, adds: bool = True) -> None:
+    """out [T, O] += its LoRA in place, rows may be strided; shrunk [S, E, M, R] as the shrink with the same tiles gives it.
+
+    Not ``adds``: out becomes the LoRA, 0 where a module is not targeted; rows without an adapter, and modules beyond their
+    limits, stay as they are. It then needs nothing that the linear computes and can run beside it: ``add_rms_norm_``,
+    ``silu_mul`` and ``store_kv`` take it as a second summand. Zeroed once, ``out`` serves all layers of a step.
+    """
     _check(stacks, tiles, out=out)
     _check_expand(shrunk, stacks, tiles)
     check_shape("out", out, None, sum(stacks.out_sizes))
     if not use_triton(out):
-        return reference.lora_expand_tiles_(out, shrunk, stacks, tiles)
+        return reference.lora_expand_tiles_(out, shrunk, stacks, tiles, adds)
     from forkkv_kernels._triton import lora_tiles as kernels
 
-    return kernels.lora_expand_tiles_(out, shrunk, stacks, tiles)
-
-
-def lora_expand_tiles(shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, num_rows: int) -> Tensor:
-    """The LoRA by itself, [num_rows, O], 0 where there is none.
-
-    It needs nothing that the linear computes, so shrink and expand can run beside the linear on a stream of their own;
-    ``add_rms_norm_``, ``silu_mul`` and ``store_kv`` take it as a second summand.
-    """
-    out = stacks.b.new_zeros(num_rows, sum(stacks.out_sizes))
-    lora_expand_tiles_(out, shrunk, stacks, tiles)
-    return out
+    return kernels.lora_expand_tiles_(out, shrunk, stacks, tiles, adds=adds)
 
 
 def _check_expand(shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> None:

@@ -88,8 +88,9 @@ def lora_shrink_tiles(x: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> Tensor
     return shrunk
 
 
-def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles) -> None:
-    """out [T, O] += its LoRA in place. The sums are rounded to b's dtype, as a tensor between two linears is."""
+def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: LoraTiles, adds: bool = True) -> None:
+    """out [T, O] += its LoRA in place; not ``adds``: becomes it, 0 where a module is not targeted, in rows and modules that the
+    tiles have. The sums are rounded to b's dtype, as a tensor between two linears is."""
     sums = shrunk.sum(dim=0)
     for adapter, first, count in _used(tiles):
         start = 0
@@ -100,7 +101,8 @@ def lora_expand_tiles_(out: Tensor, shrunk: Tensor, stacks: LoraStacks, tiles: L
             columns = sums[entries, module, :width].to(stacks.b.dtype).float()
             added = columns @ stacks.b[adapter, :width, start : start + size].float()
             rows = tiles.rows[entries].long()
-            out[rows, start : start + size] = (out[rows, start : start + size].float() + added).to(out.dtype)
+            before = out[rows, start : start + size].float() if adds else torch.zeros_like(added)
+            out[rows, start : start + size] = (before + added).to(out.dtype)
             start += size
 
 
