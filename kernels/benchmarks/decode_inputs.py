@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from forkkv_kernels.ops.residual_attention_decode import DecodeResiduals, DecodeRows
+from forkkv_kernels.ops.residual_attention_decode import DecodeRows, Residuals
 from harness import device, is_tiny
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Inputs:
     k_plane: Tensor
     v_plane: Tensor
     rows: DecodeRows
-    residuals: DecodeResiduals | None
+    residuals: Residuals | None
     scale: float
 
 
@@ -85,7 +85,7 @@ def make_inputs(shape: Layer, contexts: list[int], adapters: list[int], rank_k: 
     return Inputs(q, *planes, rows, residuals, shape.head_dim**-0.5)
 
 
-def _residuals(shape: Layer, adapters: list[int], pages: Tensor, rank_k: int, rank_v: int, row_class: int) -> DecodeResiduals:
+def _residuals(shape: Layer, adapters: list[int], pages: Tensor, rank_k: int, rank_v: int, row_class: int) -> Residuals:
     num_adapters, stack_rank = max(adapters) + 1, max(16, row_class)
     factors = []
     for rank in (rank_k, rank_v):
@@ -99,7 +99,7 @@ def _residuals(shape: Layer, adapters: list[int], pages: Tensor, rank_k: int, ra
     lens_on, adapters_on, ranks, classes = (torch.tensor(t, dtype=torch.int32, device=device()) for t in tables)
     cos_sin = torch.cat((angle.cos(), angle.sin()), dim=-1).float().to(device())
     b_k = factors[0] if shape.dtype == torch.float32 else factors[0].half()  # what an engine keeps beside bf16
-    return DecodeResiduals(pages, lens_on, adapters_on, b_k, factors[1], ranks, classes, cos_sin)
+    return Residuals(pages, lens_on, adapters_on, b_k, factors[1], ranks, classes, cos_sin)
 
 
 def _random(*size: int, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from forkkv_kernels.launch import interpreted
 from forkkv_kernels.ops.residual_attention_extend import (
-    ExtendResiduals,
     ExtendRows,
+    Residuals,
     residual_attention_extend,
     workspace_shape,
 )
@@ -142,7 +142,7 @@ def _inputs(case: Case) -> tuple[Callable[[bool | None, Tensor | None], Tensor],
     return call, workspace
 
 
-def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, ExtendRows, ExtendResiduals, Tensor]:
+def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, ExtendRows, Residuals, Tensor]:
     num_heads, num_kv_heads = case.heads
     size, width, num_seqs = case.page_size, num_kv_heads * case.head_dim, case.num_seqs
     num_shared, num_pages = case.start_pos // size, -(-case.kv_len // size)
@@ -162,7 +162,7 @@ def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, ExtendRows, ExtendResi
     b_k, b_v = (0.1 * torch.randn(shape, device=device()).to(case.dtype) for _ in range(2))
     ranks = torch.full((num_seqs, 2), RANK, device=device(), dtype=torch.int32)
     angles = torch.rand(case.kv_len, case.head_dim // 2, device=device())
-    residuals = ExtendResiduals(
+    residuals = Residuals(
         own_pages,
         torch.full_like(numbers, case.kv_len),
         torch.arange(num_seqs, device=device(), dtype=torch.int32),

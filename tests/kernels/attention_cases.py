@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from forkkv_kernels.ops.combine_partials import combine_partials, new_partials
-from forkkv_kernels.ops.residual_attention_decode import DecodeResiduals, DecodeRows, residual_attention_decode
+from forkkv_kernels.ops.residual_attention_decode import DecodeRows, Residuals, residual_attention_decode
 from forkkv_kernels.ops.residual_attention_grouped import SharedRuns, residual_attention_grouped
 from torch import Tensor
 
@@ -55,7 +55,7 @@ class Case:
     k_plane: Tensor
     v_plane: Tensor
     rows: DecodeRows
-    residuals: DecodeResiduals
+    residuals: Residuals
     scale: float
 
     @property
@@ -79,7 +79,7 @@ def moved(case: Case, device: torch.device) -> Case:
     def move(thing: Any) -> Any:
         if isinstance(thing, Tensor):
             return thing.to(device)
-        if isinstance(thing, (DecodeRows, DecodeResiduals)):
+        if isinstance(thing, (DecodeRows, Residuals)):
             return replace(thing, **{name: move(getattr(thing, name)) for name in thing.__slots__})
         return thing
 
@@ -237,7 +237,7 @@ class _Maker:
         assert self._used <= self._elems
         return (first + torch.randperm(count, generator=self._generator)).tolist()
 
-    def residuals(self, pages: Tensor) -> DecodeResiduals:
+    def residuals(self, pages: Tensor) -> Residuals:
         shape, agents = self.shape, self.agents
         factors = []
         for which in range(2):
@@ -247,7 +247,7 @@ class _Maker:
                 factor[adapter, :rank] = self.random(rank, *factor.shape[2:], strength=0.5 / max(rank, 1) ** 0.5)
             factors.append(factor)
         columns = torch.tensor([max(ranks) if ranks[0] else -1 for ranks in shape.ranks]).int() if shape.is_normed else None
-        return DecodeResiduals(
+        return Residuals(
             pages,
             torch.tensor([agent.residual_len for agent in agents]).int(),
             torch.tensor([agent.adapter for agent in agents]).int(),

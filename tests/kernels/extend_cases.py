@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from forkkv_kernels.ops.residual_attention_extend import ExtendResiduals, ExtendRows
+from forkkv_kernels.ops.residual_attention_extend import ExtendRows, Residuals
 from torch import Tensor
 
 from tests.kernels.test_rope import table
@@ -51,7 +51,7 @@ class Batch:
     k_plane: Tensor
     v_plane: Tensor
     rows: ExtendRows
-    residuals: ExtendResiduals
+    residuals: Residuals
     scale: float
 
     def only_base(self) -> Batch:
@@ -117,7 +117,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     def move(thing: object) -> object:
         if isinstance(thing, Tensor):
             return thing.to(device)
-        if isinstance(thing, (ExtendRows, ExtendResiduals)):
+        if isinstance(thing, (ExtendRows, Residuals)):
             return replace(thing, **{name: move(getattr(thing, name)) for name in thing.__slots__})
         return thing
 
@@ -138,7 +138,7 @@ def _slots(pages: Tensor, length: int, page_size: int) -> Tensor:
     return pages[positions // page_size].long() * page_size + positions % page_size
 
 
-def _residuals(seqs: Sequence[Seq], shape: Shape, widths: list[int], pages: Tensor, random: Random) -> ExtendResiduals:
+def _residuals(seqs: Sequence[Seq], shape: Shape, widths: list[int], pages: Tensor, random: Random) -> Residuals:
     num_adapters = len(shape.ranks)
     factors = []
     for which in range(2):
@@ -150,7 +150,7 @@ def _residuals(seqs: Sequence[Seq], shape: Shape, widths: list[int], pages: Tens
     columns = (
         torch.tensor([_scale_column(*ranks) if ranks[0] else -1 for ranks in shape.ranks]).int() if shape.is_normed else None
     )
-    return ExtendResiduals(
+    return Residuals(
         pages,
         torch.tensor([seq.residual_len for seq in seqs]).int(),
         torch.tensor([seq.adapter for seq in seqs]).int(),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from forkkv_kernels.ops.combine_partials import Partials, combine_partials
-from forkkv_kernels.ops.residual_attention_decode import DecodeResiduals, DecodeRows, residual_attention_decode
+from forkkv_kernels.ops.residual_attention_decode import DecodeRows, Residuals, residual_attention_decode
 from forkkv_kernels.ops.residual_attention_extend import (
-    ExtendResiduals,
     ExtendRows,
     residual_attention_extend,
 )
@@ -71,28 +69,28 @@ class TabledAttention:
             self._partials = Partials(out, torch.empty(shape, dtype=torch.float32, device=q.device))
         return self._partials
 
-    def _decode_tables(self, sizes: SpanSizes, layer: int) -> tuple[DecodeRows, DecodeResiduals | None]:
+    def _decode_tables(self, sizes: SpanSizes, layer: int) -> tuple[DecodeRows, Residuals | None]:
         tables, geometry = self._tables, self._kv.geometry
         rows = DecodeRows(
             tables[f"{DECODE}.base_pages"], tables[f"{DECODE}.kv_lens"], geometry.page_size, geometry.num_kv_heads,
             tables[f"{DECODE}.kv_starts"],
         )  # fmt: skip
-        return rows, DecodeResiduals(**self._residuals(DECODE, layer)) if sizes.num_residual_pages else None
+        return rows, self._residuals(DECODE, layer) if sizes.num_residual_pages else None
 
-    def _residuals(self, prefix: str, layer: int) -> dict[str, Any]:
+    def _residuals(self, prefix: str, layer: int) -> Residuals:
         tables, stacks = self._tables, self._stacks.residual(layer)
-        return {
-            "pages": tables[f"{prefix}.residual_pages"],
-            "lens": tables[f"{prefix}.residual_lens"],
-            "adapters": tables[f"{prefix}.adapters"],
-            "b_k": stacks.decode_b_k if prefix == DECODE else stacks.b_k,
-            "b_v": stacks.b_v,
-            "ranks": stacks.ranks,
-            "rank_class": stacks.rank_class,
-            "cos_sin": self._rotary.rows,
-            "norm_column": stacks.norm_column if self._has_key_scale else None,
-            "change_column": stacks.change_column if self._has_key_scale else None,
-        }
+        return Residuals(
+            pages=tables[f"{prefix}.residual_pages"],
+            lens=tables[f"{prefix}.residual_lens"],
+            adapters=tables[f"{prefix}.adapters"],
+            b_k=stacks.decode_b_k if prefix == DECODE else stacks.b_k,
+            b_v=stacks.b_v,
+            ranks=stacks.ranks,
+            rank_class=stacks.rank_class,
+            cos_sin=self._rotary.rows,
+            norm_column=stacks.norm_column if self._has_key_scale else None,
+            change_column=stacks.change_column if self._has_key_scale else None,
+        )
 
     def _extend(self, layer: int, q: Tensor) -> Tensor:
         assert self._sizes.extend is not None
@@ -100,12 +98,10 @@ class TabledAttention:
         out: Tensor = residual_attention_extend(q, *self._kv.planes(layer), rows, q.shape[-1] ** -0.5, residuals)
         return out
 
-    def _extend_tables(self, sizes: SpanSizes, layer: int) -> tuple[ExtendRows, ExtendResiduals | None]:
+    def _extend_tables(self, sizes: SpanSizes, layer: int) -> tuple[ExtendRows, Residuals | None]:
         tables, geometry = self._tables, self._kv.geometry
         rows = ExtendRows(
             tables[f"{EXTEND}.query_starts"], tables[f"{EXTEND}.start_pos"], tables[f"{EXTEND}.base_pages"],
             geometry.page_size, geometry.num_kv_heads,
         )  # fmt: skip
-        if not sizes.num_residual_pages:
-            return rows, None
-        return rows, ExtendResiduals(**self._residuals(EXTEND, layer))
+        return rows, self._residuals(EXTEND, layer) if sizes.num_residual_pages else None

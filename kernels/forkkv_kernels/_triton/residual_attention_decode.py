@@ -40,7 +40,8 @@ from forkkv_kernels._triton.tiles import (
     softmax_step,
 )
 from forkkv_kernels.reference.combine_partials import Partials
-from forkkv_kernels.reference.residual_attention_decode import DecodeResiduals, DecodeRows
+from forkkv_kernels.reference.residual_attention_decode import DecodeRows
+from forkkv_kernels.reference.residuals import Residuals
 
 LOG2_E = 1.4426950408889634
 NO_RESIDUALS = (
@@ -196,7 +197,7 @@ def decode(
     scale: float,
     partials: Partials,
     splits: range,
-    residuals: DecodeResiduals | None,
+    residuals: Residuals | None,
     config: DecodeConfig | None = None,
 ) -> None:
     """``config`` overrides the card's, for tuning."""
@@ -217,7 +218,7 @@ def decode(
     )  # fmt: skip
 
 
-def residual_arguments(residuals: DecodeResiduals | None) -> tuple[Tensor | None, ...]:
+def residual_arguments(residuals: Residuals | None) -> tuple[Tensor | None, ...]:
     if residuals is None:
         return (None,) * 10
     return (

@@ -14,7 +14,8 @@ from forkkv_kernels._triton.aot import MAX_SHARED_BYTES, AotVariant
 from forkkv_kernels._triton.extend_configs import ExtendConfig, RebuildConfig, extend_config, rebuild_config
 from forkkv_kernels._triton.extend_kernel import extend_kernel
 from forkkv_kernels._triton.rebuild_kv import rebuild_kv_kernel
-from forkkv_kernels.reference.residual_attention_extend import ExtendResiduals, ExtendRows
+from forkkv_kernels.reference.residual_attention_extend import ExtendRows
+from forkkv_kernels.reference.residuals import Residuals
 
 _LOG2_E = 1.4426950408889634
 _HOPPER, _OTHERS = (90, 100, 103), (80, 86, 89, 120)
@@ -37,7 +38,7 @@ def extend(
     v_plane: Tensor,
     rows: ExtendRows,
     scale: float,
-    residuals: ExtendResiduals | None,
+    residuals: Residuals | None,
     workspace: Tensor | None,
     config: ExtendConfig | None = None,
     rebuild: RebuildConfig | None = None,
@@ -63,7 +64,7 @@ def rebuild_kv(
     k_plane: Tensor,
     v_plane: Tensor,
     rows: ExtendRows,
-    residuals: ExtendResiduals,
+    residuals: Residuals,
     config: RebuildConfig | None = None,
 ) -> Tensor:
     """Fills ``workspace`` [1 or 2, >= N, positions, Hkv, D] with K, or K and V, of sequences with a residual. -> their page
@@ -93,7 +94,7 @@ def _extend(
     v_plane: Tensor,
     rows: ExtendRows,
     scale: float,
-    residuals: ExtendResiduals | None,
+    residuals: Residuals | None,
     workspace: Tensor | None,
     pages: Tensor | None,
     config: ExtendConfig | None,
@@ -119,7 +120,7 @@ def _extend(
     )  # fmt: skip
 
 
-def _sequences(rows: ExtendRows, residuals: ExtendResiduals, first: int, end: int) -> tuple[ExtendRows, ExtendResiduals]:
+def _sequences(rows: ExtendRows, residuals: Residuals, first: int, end: int) -> tuple[ExtendRows, Residuals]:
     """Those of sequences [first, end); rows keep their numbers."""
     if first == 0 and end == len(rows.start_pos):
         return rows, residuals

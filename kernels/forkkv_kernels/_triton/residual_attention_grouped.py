@@ -56,8 +56,9 @@ from forkkv_kernels._triton.tiles import (
     softmax_step,
 )
 from forkkv_kernels.reference.combine_partials import Partials
-from forkkv_kernels.reference.residual_attention_decode import DecodeResiduals, DecodeRows
+from forkkv_kernels.reference.residual_attention_decode import DecodeRows
 from forkkv_kernels.reference.residual_attention_grouped import SharedRuns
+from forkkv_kernels.reference.residuals import Residuals as DecodeResiduals
 
 
 @triton.jit

@@ -19,9 +19,10 @@ from forkkv_kernels.launch import use_triton
 from forkkv_kernels.ops.combine_partials import check_partials
 from forkkv_kernels.reference import residual_attention_decode as reference
 from forkkv_kernels.reference.combine_partials import Partials
-from forkkv_kernels.reference.residual_attention_decode import DecodeResiduals, DecodeRows
+from forkkv_kernels.reference.residual_attention_decode import DecodeRows
+from forkkv_kernels.reference.residuals import Residuals
 
-__all__ = ["DecodeResiduals", "DecodeRows", "residual_attention_decode", "suggested_splits"]
+__all__ = ["DecodeRows", "Residuals", "residual_attention_decode", "suggested_splits"]
 
 _PROGRAMS_OF_A_MULTIPROCESSOR = 4
 """Two run at once. On an H100, 16 sequences of 32k at rank 16: 0.814 ms with four a multiprocessor, 0.830 with eight, 0.850
@@ -36,7 +37,7 @@ def residual_attention_decode(
     scale: float,
     partials: Partials,
     splits: range,
-    residuals: DecodeResiduals | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """Writes ``splits`` of every row of ``partials`` [N, Hq, S, D]: a split without a key gets lse -inf and no ``out``.
 
@@ -73,7 +74,7 @@ def check_arguments(
     v_plane: Tensor,
     rows: DecodeRows,
     partials: Partials,
-    residuals: DecodeResiduals | None,
+    residuals: Residuals | None,
 ) -> None:
     check_shape("q", q, None, None, None)
     check_rows("q", q)
@@ -101,7 +102,7 @@ def check_arguments(
         _check_residuals(q, rows, residuals)
 
 
-def _check_residuals(q: Tensor, rows: DecodeRows, residuals: DecodeResiduals) -> None:
+def _check_residuals(q: Tensor, rows: DecodeRows, residuals: Residuals) -> None:
     num_adapters, rank = residuals.b_k.shape[:2]
     if rank < 16 or rank & (rank - 1):
         raise ValueError(f"b_k has rank {rank}: the stacks' rank is a power of two from 16 on")

@@ -18,9 +18,10 @@ from torch import Tensor
 from forkkv_kernels.checks import check_device, check_dtype, check_rows, check_shape
 from forkkv_kernels.launch import use_triton
 from forkkv_kernels.reference import residual_attention_extend as reference
-from forkkv_kernels.reference.residual_attention_extend import ExtendResiduals, ExtendRows
+from forkkv_kernels.reference.residual_attention_extend import ExtendRows
+from forkkv_kernels.reference.residuals import Residuals
 
-__all__ = ["ExtendResiduals", "ExtendRows", "residual_attention_extend", "workspace_shape"]
+__all__ = ["ExtendRows", "Residuals", "residual_attention_extend", "workspace_shape"]
 
 _WORKSPACE_BYTES = 1 << 29
 """Of a workspace that the op makes for itself; more is taken where one sequence needs more."""
@@ -36,7 +37,7 @@ def residual_attention_extend(
     v_plane: Tensor,
     rows: ExtendRows,
     scale: float,
-    residuals: ExtendResiduals | None = None,
+    residuals: Residuals | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
     """-> [T, Hq, D] in q's dtype, contiguous; rows behind query_starts[N] are not written.
@@ -61,7 +62,7 @@ def residual_attention_extend(
 
 
 def workspace_shape(
-    rows: ExtendRows, residuals: ExtendResiduals, num_sequences: int | None = None, has_v: bool = True
+    rows: ExtendRows, residuals: Residuals, num_sequences: int | None = None, has_v: bool = True
 ) -> tuple[int, int, int, int, int]:
     """[2 or 1, num_sequences, positions, Hkv, D]: K and V, or K alone, of num_sequences (None: all N) at a time, of as many
     positions as ``base_pages`` has room for. Narrow that table to what the longest sequence needs, and this narrows."""
@@ -87,7 +88,7 @@ def check_arguments(
     k_plane: Tensor,
     v_plane: Tensor,
     rows: ExtendRows,
-    residuals: ExtendResiduals | None,
+    residuals: Residuals | None,
     workspace: Tensor | None,
 ) -> None:
     check_shape("q", q, None, None, None)
@@ -128,7 +129,7 @@ def check_arguments(
                 raise ValueError(f"workspace has strides {workspace.stride()}: it has to be contiguous")
 
 
-def _check_residuals(q: Tensor, rows: ExtendRows, residuals: ExtendResiduals) -> None:
+def _check_residuals(q: Tensor, rows: ExtendRows, residuals: Residuals) -> None:
     num_sequences, (num_adapters, rank) = len(rows.start_pos), residuals.b_k.shape[:2]
     if rank < 16 or rank & (rank - 1):
         raise ValueError(f"b_k has rank {rank}: the stacks' rank is a power of two from 16 on")

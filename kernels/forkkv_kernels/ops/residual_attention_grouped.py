@@ -20,8 +20,9 @@ from forkkv_kernels.launch import use_triton
 from forkkv_kernels.ops.residual_attention_decode import check_arguments
 from forkkv_kernels.reference import residual_attention_grouped as reference
 from forkkv_kernels.reference.combine_partials import Partials
-from forkkv_kernels.reference.residual_attention_decode import DecodeResiduals, DecodeRows
+from forkkv_kernels.reference.residual_attention_decode import DecodeRows
 from forkkv_kernels.reference.residual_attention_grouped import SharedRuns
+from forkkv_kernels.reference.residuals import Residuals
 
 __all__ = ["SharedRuns", "residual_attention_grouped"]
 
@@ -35,7 +36,7 @@ def residual_attention_grouped(
     scale: float,
     partials: Partials,
     num_splits: int,
-    residuals: DecodeResiduals | None = None,
+    residuals: Residuals | None = None,
     has_k: bool = True,
 ) -> None:
     """Writes splits [first_split, first_split + num_splits) of every member's row in ``partials`` [N, Hq, S, D], group by

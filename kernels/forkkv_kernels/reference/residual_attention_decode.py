@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from forkkv_kernels.reference.combine_partials import Partials
+from forkkv_kernels.reference.residuals import Residuals
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,28 +27,6 @@ class DecodeRows:
     kv_starts: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeResiduals:
-    """The low-rank part of each sequence's keys: its first ``lens`` [N] positions have one, under adapter ``adapters`` [N] (-1:
-    base model), in ``pages`` [N, PR] of that adapter's class.
-
-    b_k, b_v [A, R, Hkv, D] scaled, zero beyond the rank, b_k in fp16 or the KV's dtype; ranks [A, 2] (r_k, r_v; 0: not
-    targeted), rank_class [A] (width of a residual row); cos_sin [positions, D] fp32. On a model with QK-norm norm_column and
-    change_column [A] (-1: k not targeted), else None. Tables int32.
-    """
-
-    pages: Tensor
-    lens: Tensor
-    adapters: Tensor
-    b_k: Tensor
-    b_v: Tensor
-    ranks: Tensor
-    rank_class: Tensor
-    cos_sin: Tensor
-    norm_column: Tensor | None = None
-    change_column: Tensor | None = None
-
-
 def residual_attention_decode(
     q: Tensor,
     k_plane: Tensor,
@@ -56,7 +35,7 @@ def residual_attention_decode(
     scale: float,
     partials: Partials,
     splits: range,
-    residuals: DecodeResiduals | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """All of it into the first of ``splits``; the others are left without a key."""
     starts = [0] * len(q) if rows.kv_starts is None else rows.kv_starts.tolist()
@@ -83,7 +62,7 @@ def base_kv(
 
 
 def add_residual_(
-    k: Tensor, v: Tensor, k_plane: Tensor, v_plane: Tensor, residuals: DecodeResiduals, pages: Tensor, adapter: int,
+    k: Tensor, v: Tensor, k_plane: Tensor, v_plane: Tensor, residuals: Residuals, pages: Tensor, adapter: int,
     start: int, end: int, page_size: int,
 ) -> None:  # fmt: skip
     """Add what ``adapter`` adds at positions [start, end) to the first of k and v [positions, Hkv, D], which begin at start."""

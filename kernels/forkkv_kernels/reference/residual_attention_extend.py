@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forkkv_kernels.reference.residuals import Residuals
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExtendRows:
@@ -25,30 +27,8 @@ class ExtendRows:
     num_kv_heads: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ExtendResiduals:
-    """The low-rank part of each sequence's keys: its first ``lens`` [N] positions have one, under adapter ``adapters`` [N] (-1:
-    base model), in ``pages`` [N, PR] of that adapter's class.
-
-    b_k, b_v [A, R, Hkv, D] scaled, zero beyond the rank; ranks [A, 2] (r_k, r_v; 0: not targeted), rank_class [A] (width of a
-    residual row); cos_sin [positions, D] fp32. On a model with QK-norm norm_column and change_column [A] (-1: k not targeted),
-    else None. Tables int32.
-    """
-
-    pages: Tensor
-    lens: Tensor
-    adapters: Tensor
-    b_k: Tensor
-    b_v: Tensor
-    ranks: Tensor
-    rank_class: Tensor
-    cos_sin: Tensor
-    norm_column: Tensor | None = None
-    change_column: Tensor | None = None
-
-
 def residual_attention_extend(
-    q: Tensor, k_plane: Tensor, v_plane: Tensor, rows: ExtendRows, scale: float, residuals: ExtendResiduals | None = None
+    q: Tensor, k_plane: Tensor, v_plane: Tensor, rows: ExtendRows, scale: float, residuals: Residuals | None = None
 ) -> Tensor:
     """-> [T, Hq, D] in q's dtype, zeros in rows that are nobody's."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -74,7 +54,7 @@ def _base_kv(
 
 
 def _add_residual_(
-    k: Tensor, v: Tensor, k_plane: Tensor, v_plane: Tensor, page_size: int, residuals: ExtendResiduals, n: int
+    k: Tensor, v: Tensor, k_plane: Tensor, v_plane: Tensor, page_size: int, residuals: Residuals, n: int
 ) -> None:
     """K = Kb + R(a_k B_k), with QK-norm (1 + change) Kb + norm R(a_k B_k); V = Vb + a_v B_v."""
     adapter = int(residuals.adapters[n])

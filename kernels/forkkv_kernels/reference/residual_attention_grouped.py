@@ -8,12 +8,12 @@ from torch import Tensor
 
 from forkkv_kernels.reference.combine_partials import Partials
 from forkkv_kernels.reference.residual_attention_decode import (
-    DecodeResiduals,
     DecodeRows,
     add_residual_,
     attend_row_,
     base_kv,
 )
+from forkkv_kernels.reference.residuals import Residuals
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +41,7 @@ def residual_attention_grouped(
     scale: float,
     partials: Partials,
     num_splits: int,
-    residuals: DecodeResiduals | None = None,
+    residuals: Residuals | None = None,
     has_k: bool = True,
 ) -> None:
     """All of a run into the first of its splits; the others are left without a key."""
