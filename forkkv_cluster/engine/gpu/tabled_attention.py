@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from forkkv_kernels.ops.combine_partials import Partials, combine_partials
+from forkkv_kernels.ops.combine_partials import Partials, combine_partials, new_partials
 from forkkv_kernels.ops.residual_attention_decode import DecodeRows, Residuals, residual_attention_decode
 from forkkv_kernels.ops.residual_attention_extend import (
     ExtendRows,
@@ -55,18 +55,16 @@ class TabledAttention:
         scale = q.shape[-1] ** -0.5
         residual_attention_decode(q, *planes, rows, scale, partials, range(sizes.splits.own), residuals)
         if sizes.shared is not None:
-            partials.lse[:, :, sizes.splits.own :] = -torch.inf  # rows that are in no run, or in fewer than others
             runs = sizes.shared.runs(self._tables, DECODE)
             residual_attention_grouped(q, *planes, rows, runs, scale, partials, sizes.splits.run, residuals, self._stacks.has_k)
         out: Tensor = combine_partials(partials, q.dtype)
         return out
 
     def _partials_for(self, q: Tensor, num_splits: int) -> Partials:
-        """One for all layers."""
+        """One for all layers: each writes the same splits of a row, and those of runs that it is not in stay without a key."""
         if self._partials is None:
-            shape = (*q.shape[:2], num_splits)
-            out = torch.empty(*shape, q.shape[2], dtype=torch.float32, device=q.device)
-            self._partials = Partials(out, torch.empty(shape, dtype=torch.float32, device=q.device))
+            num_rows, num_heads, head_dim = q.shape
+            self._partials = new_partials(num_rows, num_heads, num_splits, head_dim, q.device)
         return self._partials
 
     def _decode_tables(self, sizes: SpanSizes, layer: int) -> tuple[DecodeRows, Residuals | None]:
