@@ -31,7 +31,7 @@ def test_adapters_beside_the_linears_answer_as_in_place(
 ) -> None:
     """Agents end one after the other, so that rows of the same tables pass to other adapters, and to none."""
     torch.manual_seed(0)
-    model_dir = save(llama(num_hidden_layers=3), tmp_path / "model")
+    model_dir = save(llama(num_hidden_layers=3, head_dim=16), tmp_path / "model")
     adapters = {name: make(model_dir, tmp_path / name, options) for name, options in ADAPTERS.items()}
     agents = ("one-layer", None, "all", "other-modules-by-layer", None, "all")
     ways = (("cpu", False, device_step.MAX_DECODE_ROWS), (device, True, device_step.MAX_DECODE_ROWS), (device, True, 0))
