@@ -3,25 +3,43 @@ that serves all layers. Held against steps in tables of their own, where it is a
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from forkkv_cluster.engine.gpu import device_step
 from tests.engine.families import llama, save
 from tests.engine.model_engine import ModelEngine, assert_same_outputs
-from tests.engine.test_adapter_variants import ALL, make
 
 CONTEXT = [(7 * i * i + 3) % 300 for i in range(40)]
 OWN = [(11 * i + 5) % 300 for i in range(9)]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "all": {"target_modules": ALL, "lora_alpha": 8},
-    "one-layer": {"target_modules": ALL, "layers_to_transform": [1], "r": 4, "lora_alpha": 8},
-    "other-modules-by-layer": {"target_modules": r".*layers\.(0\..*(q|down)_proj|2\..*(v|o|up)_proj)", "lora_alpha": 8},
-}
-"""What one layer wrote for a row must not be added in a layer that adds nothing to it."""
+HIDDEN, INTERMEDIATE, HEAD_DIM = 32, 48, 16
+SIZES = {"q_proj": (HIDDEN, 4 * HEAD_DIM), "k_proj": (HIDDEN, 2 * HEAD_DIM), "v_proj": (HIDDEN, 2 * HEAD_DIM)}
+SIZES |= {"o_proj": (4 * HEAD_DIM, HIDDEN), "gate_proj": (HIDDEN, INTERMEDIATE), "up_proj": (HIDDEN, INTERMEDIATE)}
+SIZES |= {"down_proj": (INTERMEDIATE, HIDDEN)}
+TARGETS = {"all": r".*", "one-layer": r"1\..*", "other-modules-by-layer": r"0\.(q|down)_proj|2\.(v|o|up)_proj"}
+"""Layer and module. What one layer wrote for a row must not be added in a layer that adds nothing to it."""
+
+
+def write_adapter(directory: Path, targets: str) -> Path:
+    tensors = {}
+    for layer in range(3):
+        for module, (size_in, size_out) in SIZES.items():
+            if re.fullmatch(targets, f"{layer}.{module}"):
+                name = f"base_model.model.model.layers.{layer}.{'self_attn' if module[0] in 'qkvo' else 'mlp'}.{module}"
+                tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (
+                    torch.randn(8, size_in),
+                    torch.randn(size_out, 8),
+                )
+    directory.mkdir()
+    save_file(tensors, str(directory / "adapter_model.safetensors"))
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 0.5, "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -31,8 +49,8 @@ def test_adapters_beside_the_linears_answer_as_in_place(
 ) -> None:
     """Agents end one after the other, so that rows of the same tables pass to other adapters, and to none."""
     torch.manual_seed(0)
-    model_dir = save(llama(num_hidden_layers=3, head_dim=16), tmp_path / "model")
-    adapters = {name: make(model_dir, tmp_path / name, options) for name, options in ADAPTERS.items()}
+    model_dir = save(llama(num_hidden_layers=3, head_dim=HEAD_DIM), tmp_path / "model")
+    adapters = {name: write_adapter(tmp_path / name, targets) for name, targets in TARGETS.items()}
     agents = ("one-layer", None, "all", "other-modules-by-layer", None, "all")
     ways = (("cpu", False, device_step.MAX_DECODE_ROWS), (device, True, device_step.MAX_DECODE_ROWS), (device, True, 0))
     runs = []
