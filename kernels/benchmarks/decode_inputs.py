@@ -9,7 +9,7 @@ from forkkv_kernels.ops.residual_attention_decode import DecodeRows, Residuals
 from harness import device, is_tiny
 from torch import Tensor
 
-PAGE_SIZE = 16
+PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)

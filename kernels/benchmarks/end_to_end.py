@@ -141,8 +141,8 @@ def run(shape: str, agents: int, context: int, turns: int, turn: int, device: st
     engine = make_engine(model, adapters, kv_bytes, device, 8192 if device == "cuda" else 512)
     names = tuple(path.name for path in adapters)
     workload = Workload(f"{agents} agents, {context:,} shared", agents, context, turns, turn, turn)
-    # The same shapes before, but for one short turn: kernels are compiled and graphs captured then.
-    warm_up = Workload("warm-up", agents, context, 1, turn, 8)
+    # The same shapes before, but for two short turns: kernels are compiled and graphs captured then.
+    warm_up = Workload("warm-up", agents, context, 2, turn, 8)
     for mode in ("eager", NO_ADAPTER):
         print(json.dumps({"warm-up": True, **run_mode(engine, warm_up, mode, names, f"warm-up-{mode}")}), flush=True)
     eager: dict[str, Any] = {}

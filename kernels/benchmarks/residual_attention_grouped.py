@@ -1,9 +1,9 @@
 """Decode of 32 agents that share a context of 32k tokens against torch's SDPA over a KV of each agent's own.
 
-The aim: 4 times as fast with 32 adapters of rank 16 on q, k and v, 8 times with 8 adapters of four agents each, 12 times where
-none touches k; and within 2x of the floor, which is the larger of the bytes from memory (base pages and residuals once) and the
-products with all their padding, at the rates that a copy and a matrix product of torch reach. Not ``quick``: also other block
-sizes, members of a group and numbers of splits.
+The aim: 4 times as fast with 32 adapters of rank 16 on q, k and v, 8 times with 8 adapters of four agents each, 12 where none
+touches k; and within 2x of the floor, which is the larger of the bytes from memory (base pages and residuals once) and the
+products with all their padding, at the rates that a copy and a matrix product of torch reach. Pages of 64, as an engine has
+them where nothing else is said. Not ``quick``: also other block sizes, members of a group and numbers of splits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from forkkv_kernels.launch import interpreted
 from forkkv_kernels.ops.combine_partials import combine_partials, new_partials
 from forkkv_kernels.ops.residual_attention_decode import residual_attention_decode
 from forkkv_kernels.ops.residual_attention_grouped import SharedRuns, residual_attention_grouped
+from forkkv_kernels.reference.rope_basis import BASIS, CHUNK, rope_basis
 from harness import Call, copy_tb_per_s, device, floor_ms, is_tiny, matmul_tflop_per_s, num_inputs, row, sdpa_decode_ms, time_ms
 
 RANK = 16
 NUM_AGENTS = 32
+NEAR = 32
+"""Cosines and sines of a position that G is made of, at Llama-3.1's rope_theta."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +38,33 @@ class Sharing:
     target: float | None
     members: int
     num_splits: int
-    tuned: tuple[tuple[int, ...], ...]
-    """Others to try: (members, num_splits, block_n, num_warps, num_stages)."""
+    tuned: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    """Others to try: (members, num_splits, of GroupedConfig), of ScoresConfig."""
 
 
 SHARINGS = (
     Sharing(
-        "32 adapters on q, k, v", 32, RANK, 4.0, 8, 16,
+        "32 adapters on q, k, v",
+        32,
+        RANK,
+        4.0,
+        8,
+        8,
         (
-            (8, 8, 64, 4, 2), (8, 33, 64, 4, 2), (4, 8, 64, 4, 2), (16, 16, 128, 8, 2), (8, 16, 128, 8, 2),
-            (8, 16, 64, 4, 1),
+            ((8, 8, 64, 4, 3), ()),
+            ((8, 16, 64, 4, 2), ()),
+            ((8, 8, 64, 4, 2), (64, 4, 3, 256, 792)),
+            ((8, 8, 64, 4, 2), (64, 4, 4, 256, 396)),
+            ((8, 8, 64, 4, 2), (128, 8, 2, 256, 264)),
+            ((4, 4, 64, 4, 2), ()),
         ),
     ),
+    Sharing("8 adapters on q, k, v", 8, RANK, 8.0, 8, 8, (((4, 4, 64, 4, 2), ()),)),
     Sharing(
-        "8 adapters on q, k, v", 8, RANK, 8.0, 8, 16,
-        ((8, 8, 64, 4, 2), (16, 16, 128, 8, 2), (4, 8, 64, 4, 2)),
+        "32 adapters on q, v", 32, 0, 12.0, 8, 8, (((8, 16, 64, 4, 2), ()), ((8, 8, 64, 4, 3), ()), ((16, 8, 64, 8, 2), ()))
     ),
-    Sharing(
-        "32 adapters on q, v", 32, 0, 12.0, 16, 16,
-        (
-            (16, 8, 64, 4, 2), (16, 16, 64, 4, 3), (16, 16, 64, 8, 2), (32, 16, 64, 8, 2), (8, 8, 64, 4, 2),
-        ),
-    ),
-    Sharing("no adapters", 0, 0, None, 16, 16, ((16, 16, 64, 4, 3), (32, 16, 64, 8, 2), (8, 8, 64, 4, 3))),
-)  # fmt: skip
+    Sharing("no adapters", 0, 0, None, 16, 16, (((16, 16, 64, 4, 3), ()), ((16, 8, 64, 4, 3), ()), ((32, 16, 64, 8, 2), ()))),
+)
 
 
 def bench(quick: bool) -> Iterator[dict[str, Any]]:
@@ -88,12 +94,17 @@ def _inputs(shape: Layer, sharing: Sharing, num_agents: int) -> Inputs:
     return make_inputs(shape, [0] * num_agents, adapters, sharing.rank_k, RANK if sharing.num_adapters else 0)
 
 
-def _call(inputs: Inputs, shape: Layer, members: int, num_splits: int, has_k: bool, config: Any = None) -> Call:
+def _call(
+    inputs: Inputs, shape: Layer, members: int, num_splits: int, has_k: bool, config: Any = None, scores_config: Any = None
+) -> Call:
     runs = _runs(inputs, shape, members)
     partials = new_partials(len(inputs.q), shape.num_heads, num_splits, shape.head_dim, device())
+    basis = None
+    if has_k and inputs.residuals is not None:
+        basis = rope_basis(inputs.residuals.cos_sin, torch.float32 if shape.dtype == torch.float32 else torch.float16)
     arguments = (
         inputs.q, inputs.k_plane, inputs.v_plane, inputs.rows, runs, inputs.scale, partials, num_splits, inputs.residuals,
-        has_k,
+        basis,
     )  # fmt: skip
 
     def run() -> torch.Tensor:
@@ -102,7 +113,7 @@ def _call(inputs: Inputs, shape: Layer, members: int, num_splits: int, has_k: bo
         else:
             from forkkv_kernels._triton.residual_attention_grouped import grouped
 
-            grouped(*arguments, config)
+            grouped(*arguments, config, scores_config)
         return combine_partials(partials, inputs.q.dtype)
 
     return run
@@ -125,15 +136,16 @@ def _runs(inputs: Inputs, shape: Layer, members: int) -> SharedRuns:
 
 
 def _floor_ms(shape: Layer, sharing: Sharing, num_agents: int, members: int, rates: tuple[float, float]) -> float:
+    """Base pages and residuals once, without what is kept between the kernels; products as the kernels make them."""
     planes = 2 if sharing.rank_k else 1
     num_adapters = -(-sharing.num_adapters * num_agents // NUM_AGENTS)
     num_bytes = shape.base_bytes + num_adapters * shape.residual_bytes(RANK, planes)
     columns = members * shape.group
-    own_adapters = -(-members * sharing.num_adapters // NUM_AGENTS)
     products = 2 * shape.head_dim * columns  # of one key, kv head and group: K q and V P
-    products += own_adapters * RANK * columns
+    if sharing.num_adapters:
+        products += members * RANK * columns  # P a_v, of each row with everyone's residual
     if sharing.rank_k:
-        products += own_adapters * shape.head_dim * (RANK + columns)
+        products += (NEAR + BASIS) * columns * RANK + BASIS * shape.head_dim * columns * RANK // CHUNK
     flop = 2 * products * (num_agents // members) * shape.num_kv_heads * shape.kv_len
     return floor_ms(num_bytes, flop, *rates)
 
@@ -152,14 +164,17 @@ def _difference(inputs: Inputs, shape: Layer, call: Call) -> str:
 def _tune(
     sets: list[Inputs], shape: Layer, sharing: Sharing, rates: tuple[float, float], sdpa: float
 ) -> Iterator[dict[str, Any]]:
-    from forkkv_kernels._triton.decode_configs import GroupedConfig
+    from forkkv_kernels._triton.decode_configs import GroupedConfig, ScoresConfig
     from triton.runtime.errors import OutOfResources
 
-    for members, num_splits, *numbers in sharing.tuned:
+    for (members, num_splits, *numbers), of_scores in sharing.tuned:
         name = f"tune {sharing.name} m{members} x{num_splits} n{numbers[0]} w{numbers[1]} s{numbers[2]}"
-        config = GroupedConfig(*numbers)
+        name += f", scores n{of_scores[0]} w{of_scores[1]} s{of_scores[2]} p{of_scores[4]}" if of_scores else ""
+        configs = GroupedConfig(*numbers), ScoresConfig(*of_scores)
         try:
-            ms = time_ms([_call(inputs, shape, members, num_splits, sharing.rank_k > 0, config) for inputs in sets], quick=True)
+            ms = time_ms(
+                [_call(inputs, shape, members, num_splits, sharing.rank_k > 0, *configs) for inputs in sets], quick=True
+            )
         except OutOfResources as error:
             yield row(name, float("nan"), note=f"{type(error).__name__}: {str(error)[:60]}")
             continue

@@ -11,6 +11,7 @@ import torch
 from forkkv_kernels.ops.combine_partials import combine_partials, new_partials
 from forkkv_kernels.ops.residual_attention_decode import DecodeRows, Residuals, residual_attention_decode
 from forkkv_kernels.ops.residual_attention_grouped import SharedRuns, residual_attention_grouped
+from forkkv_kernels.reference.rope_basis import RopeBasis, rope_basis
 from torch import Tensor
 
 NO_PAGE = 2**30
@@ -139,14 +140,19 @@ def decode_in_groups(
     tail = max(run.first_split for run in runs) + num_splits
     partials = new_partials(*case.q.shape[:2], tail + 1, case.q.shape[2], case.q.device)
     chosen = case.residuals if residuals else None
+    basis = basis_of(case) if residuals and has_k else None
     tables = shared_runs(case, runs, members)
     residual_attention_grouped(
-        case.q, case.k_plane, case.v_plane, case.rows, tables, case.scale, partials, num_splits, chosen, has_k
+        case.q, case.k_plane, case.v_plane, case.rows, tables, case.scale, partials, num_splits, chosen, basis
     )
     starts = [max((run.end for run in runs if n in run.agents), default=0) for n in range(len(case.q))]
     rows = replace(case.rows, kv_starts=torch.tensor(starts, device=case.q.device).int())
     residual_attention_decode(case.q, case.k_plane, case.v_plane, rows, case.scale, partials, range(tail, tail + 1), chosen)
     return combine_partials(partials, case.dtype)
+
+
+def basis_of(case: Case) -> RopeBasis:
+    return rope_basis(case.residuals.cos_sin, torch.float32 if case.dtype == torch.float32 else torch.float16)
 
 
 def assert_close(found: Tensor, right: Tensor) -> None:

@@ -18,6 +18,7 @@ from tests.kernels.attention_cases import (
     Run,
     Shape,
     assert_close,
+    basis_of,
     decode,
     decode_in_groups,
     make_case,
@@ -144,7 +145,9 @@ def test_rows_and_splits_of_others_stay_as_they_are(place: Place) -> None:
     partials.out.fill_(5.0)
     runs = shared_runs(case, [Run(0, 48, [2, 0], first_split=1)], members=4)
     with place.entered():
-        residual_attention_grouped(case.q, case.k_plane, case.v_plane, case.rows, runs, case.scale, partials, 1, case.residuals)
+        residual_attention_grouped(
+            case.q, case.k_plane, case.v_plane, case.rows, runs, case.scale, partials, 1, case.residuals, basis_of(case)
+        )
     is_own = torch.zeros_like(partials.lse, dtype=torch.bool)
     is_own[[0, 2], :, 1] = True
     assert (partials.lse[~is_own] == 7.0).all()
@@ -158,7 +161,9 @@ def test_it_equals_the_engine_s_attention_over_gathered_keys(place: Place) -> No
     partials = new_partials(*case.q.shape[:2], 1, case.q.shape[2], case.q.device)
     runs = shared_runs(case, [Run(0, 48, [2, 0, 1])], members=4)
     with place.entered():
-        residual_attention_grouped(case.q, case.k_plane, case.v_plane, case.rows, runs, case.scale, partials, 1, case.residuals)
+        residual_attention_grouped(
+            case.q, case.k_plane, case.v_plane, case.rows, runs, case.scale, partials, 1, case.residuals, basis_of(case)
+        )
         result = combine_partials(partials, case.dtype)
     cpu = moved(case, torch.device("cpu"))
     slots, own_slots = (

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from forkkv_kernels.reference.rope_basis import rope_basis
 from torch import Tensor
 
 from forkkv_cluster.engine.adapters import AdapterSlots
@@ -30,7 +31,8 @@ from forkkv_cluster.engine.step_inputs import StepRows
 
 COLUMNS, COLUMNS_WITH_RESIDUAL = 64, 32
 """Query heads of a kv head, of all members of a run together: the fastest of those tried on an H100 (kernels/RESULTS.md)."""
-
+RESIDUAL_COLUMNS = 128
+"""Residual values of a position, of all members together, that a program has room for."""
 
 MAX_GRAPHS = 64
 """Captured at once; the least recently used goes first. They share one pool of memory."""
@@ -49,6 +51,8 @@ class DeviceStep:
         self._capturing = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._side = SideStream(self._device)
         self._version = 0
+        exact = torch.float32 if kv.arena.dtype == torch.float32 else torch.float16
+        self._basis = rope_basis(rotary.rows, exact)
 
     def forward(self, batch: Batch) -> Tensor:
         """Run all rows, write their KV; last hidden states [R + n, H] of logit and scored rows. Valid until the next step."""
@@ -63,11 +67,14 @@ class DeviceStep:
         return self._run(sizes, tables.device)
 
     def _max_members(self, batch: Batch) -> int:
-        """Of a shared run, by the columns that their query heads make in a program."""
-        has_residual = any(span.residual is not None for span in batch.attention)
-        columns = COLUMNS_WITH_RESIDUAL if has_residual else COLUMNS
-        config = self._model.config
-        return max(1, columns * config.num_kv_heads // config.num_heads)
+        """Of a shared run, by the columns that their query heads make in a program, and by their residual rows side by side."""
+        if self._kv.geometry.page_size.bit_count() > 1:
+            return 1  # the kernel for shared runs goes by pages of a power of two
+        columns_of_one = 1 << (self._model.config.num_heads // self._model.config.num_kv_heads - 1).bit_length()
+        if any(span.residual is not None for span in batch.attention):
+            by_rank = RESIDUAL_COLUMNS // self._stacks.residual_rank
+            return max(1, min(COLUMNS_WITH_RESIDUAL // columns_of_one, by_rank))
+        return max(1, COLUMNS // columns_of_one)
 
     def release(self, slot: int) -> None:
         """The adapter of that slot has left."""
@@ -122,7 +129,7 @@ class DeviceStep:
             output_rows=tables["output_rows"].long(),
         )
         has_key_scale = self._model.config.qk_norm
-        attention = TabledAttention(sizes, tables, self._stacks, self._kv, self._rotary, has_key_scale)
+        attention = TabledAttention(sizes, tables, self._stacks, self._kv, self._rotary, self._basis, has_key_scale)
         lora = TiledLora(tables, sizes.lora, sizes.writes, self._stacks, self._kv, self._model.config, side)
         return self._model.forward(rows, attention, lora, self._kv)
 

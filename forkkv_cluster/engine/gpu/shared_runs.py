@@ -45,9 +45,11 @@ class SharedRun:
 def find_shared_runs(spans: Sequence[AttentionSpan], page_size: int, max_members: int) -> tuple[list[SharedRun], IntArray]:
     """Of sequences with one row each: their runs, and for each sequence the first token behind its last run, [N] int64.
 
-    ``max_members`` of a run: more that share a stretch are several runs over it.
+    ``max_members`` of a run: more that share a stretch are several runs over it; below two there are no runs.
     """
     own_starts = np.zeros(len(spans), dtype=np.int64)
+    if max_members < 2:
+        return [], own_starts
     walk = _Walk(spans, page_size, max_members)
     runs = list(walk.runs(list(range(len(spans))), 0, 0))
     for run in runs:

@@ -12,6 +12,7 @@ from forkkv_kernels.ops.residual_attention_extend import (
     residual_attention_extend,
 )
 from forkkv_kernels.ops.residual_attention_grouped import residual_attention_grouped
+from forkkv_kernels.reference.rope_basis import RopeBasis
 from torch import Tensor
 
 from forkkv_cluster.engine.gpu.adapter_stacks import AdapterStacks
@@ -26,11 +27,11 @@ class TabledAttention:
 
     def __init__(
         self, sizes: StepSizes, tables: Mapping[str, Tensor], stacks: AdapterStacks, kv: KVBuffers, rotary: RotaryTable,
-        has_key_scale: bool,
+        basis: RopeBasis, has_key_scale: bool,
     ) -> None:  # fmt: skip
         self._sizes, self._tables = sizes, tables
         self._stacks, self._kv, self._rotary = stacks, kv, rotary
-        self._has_key_scale = has_key_scale
+        self._basis, self._has_key_scale = basis, has_key_scale
         self._is_mixed = sizes.decode is not None and sizes.extend is not None
         self._rows = {prefix: tables[f"{prefix}.rows"].long() for prefix in (DECODE, EXTEND)} if self._is_mixed else {}
         self._partials: Partials | None = None
@@ -56,7 +57,8 @@ class TabledAttention:
         residual_attention_decode(q, *planes, rows, scale, partials, range(sizes.splits.own), residuals)
         if sizes.shared is not None:
             runs = sizes.shared.runs(self._tables, DECODE)
-            residual_attention_grouped(q, *planes, rows, runs, scale, partials, sizes.splits.run, residuals, self._stacks.has_k)
+            basis = self._basis if self._stacks.has_k else None
+            residual_attention_grouped(q, *planes, rows, runs, scale, partials, sizes.splits.run, residuals, basis)
         out: Tensor = combine_partials(partials, q.dtype)
         return out
 

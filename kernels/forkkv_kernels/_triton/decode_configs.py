@@ -27,6 +27,17 @@ class GroupedConfig:
     maxnreg: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ScoresConfig:
+    """Of ``residual_scores``. block_n divides 512. columns: of G in a program, members * g * R. programs: wanted, about."""
+
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    columns: int = 256
+    programs: int = 396
+
+
 def decode_config(head_dim: int, group: int, itemsize: int, rank: int) -> DecodeConfig:
     """rank: of the stacks, 0 without residuals."""
     block_m, half = max(16, power_of_two(group)), max(8, power_of_two(head_dim // 2))  # a product's inner axis: 16 and more
@@ -37,15 +48,20 @@ def decode_config(head_dim: int, group: int, itemsize: int, rank: int) -> Decode
     return DecodeConfig(64, block_m, half, 4, 3)
 
 
-def grouped_config(head_dim: int, num_columns: int, itemsize: int, rank: int, has_k: bool) -> GroupedConfig:
-    """num_columns: members times g, padded."""
+def grouped_config(head_dim: int, num_columns: int, itemsize: int, rank: int) -> GroupedConfig:
+    """num_columns: members times g, padded. rank: of the stacks, 0 without residuals."""
     if itemsize == 4:
         return GroupedConfig(32, 4, 1)
-    if rank == 0 or not has_k:
+    if rank == 0:
         return GroupedConfig(64, 8 if num_columns > 64 or head_dim > 128 else 4, 2)
-    if num_columns > 32 or head_dim > 128:
-        return GroupedConfig(128, 8, 2 if head_dim <= 128 else 1)
+    # Two stages at least: a transposed tile that is not in a ring of the compiler's went wrong on the card (Triton 3.6, bf16).
     return GroupedConfig(64, 4, 2)
+
+
+def scores_config(itemsize: int) -> ScoresConfig:
+    if itemsize == 4:  # without tensor cores: for parity runs
+        return ScoresConfig(32, 4, 1)
+    return ScoresConfig()
 
 
 def power_of_two(number: int) -> int:

@@ -57,7 +57,7 @@ def _attend_tiles(
     return (acc, total, highest), acc_r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "base_pages_stride", "residual_pages_stride", "rebuilt_tokens"])
 def extend_kernel(
     out_ptr, q_ptr, k_ptr, v_ptr, rebuilt_k_ptr, rebuilt_v_ptr, rebuilt_pages_ptr, query_starts_ptr, start_pos_ptr,
     base_pages_ptr, residual_pages_ptr, residual_lens_ptr, adapters_ptr, b_v_ptr, ranks_ptr, rank_class_ptr,

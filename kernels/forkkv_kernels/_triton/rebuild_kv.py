@@ -19,7 +19,7 @@ from forkkv_kernels._triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base_pages_stride", "residual_pages_stride", "rebuilt_tokens"])
 def rebuild_kv_kernel(
     rebuilt_k_ptr, rebuilt_v_ptr, rebuilt_pages_ptr, k_ptr, v_ptr, query_starts_ptr, start_pos_ptr, base_pages_ptr,
     residual_pages_ptr, residual_lens_ptr, adapters_ptr, b_k_ptr, b_v_ptr, ranks_ptr, rank_class_ptr, norm_column_ptr,

@@ -20,8 +20,8 @@ from forkkv_kernels.reference.residuals import Residuals
 class SharedRuns:
     """Runs of base pages and who reads them, int32; capacities G, M and U are fixed, so that a captured graph serves any plan.
 
-    groups [G, 6]: first position; tokens (0: no group here, all else is garbage); a sequence in whose base_pages the run lies;
-    the first of the splits that its rows' results go to; its subgroups [first, end) in ``subgroups``.
+    groups [G, 6]: first position; tokens (0: no group here, all else is garbage), both whole pages; a sequence in whose
+    base_pages the run lies; the first of the splits that its rows' results go to; its subgroups [first, end) in ``subgroups``.
     members [G, M]: sequences that read the run, -1 for none.
     subgroups [U, 4]: adapter; its members [first, end), places in the group's row of ``members``; a sequence in whose residual
     pages its residual lies. It covers every token of the run. A member in no subgroup reads base KV alone.
@@ -42,7 +42,6 @@ def residual_attention_grouped(
     partials: Partials,
     num_splits: int,
     residuals: Residuals | None = None,
-    has_k: bool = True,
 ) -> None:
     """All of a run into the first of its splits; the others are left without a key."""
     subgroups = runs.subgroups.tolist()
