@@ -267,7 +267,7 @@ def aot_variants() -> list[AotVariant]:
         _fold_variant("bf16"),
         _chunk_variant(),
         _scores_variant("bf16", page_size=16),
-        _scores_variant("fp16", has_key_scale=True),
+        _scores_variant("fp16", has_key_scale=True, max_local_bytes={80: 24}),  # blocks are chosen for sm_90
     ]
 
 
@@ -275,7 +275,9 @@ _LLAMA = {"NUM_KV_HEADS": 8, "RANK": 16, "MEMBERS": 8, "BLOCK": 4, "HEADS": 4, "
 _TABLES = dict.fromkeys(("groups_ptr", "subgroups_ptr"), "*i32")
 
 
-def _scores_variant(dtype: str, page_size: int = 64, has_key_scale: bool = False) -> AotVariant:
+def _scores_variant(
+    dtype: str, page_size: int = 64, has_key_scale: bool = False, max_local_bytes: int | dict[int, int] = 0
+) -> AotVariant:
     config = scores_config(2)
     constants: dict[str, Any] = {
         "PAGE_SIZE": page_size, "HAS_KEY_SCALE": has_key_scale, "PRECISION": "tf32", "STRIDE": 32, "BLOCK_N": config.block_n,
@@ -288,7 +290,7 @@ def _scores_variant(dtype: str, page_size: int = 64, has_key_scale: bool = False
     if not has_key_scale:
         constants["norm_column_ptr"] = None
     name = f"residual_scores_{dtype}_8x4x128_r16_p{page_size}{'_scaled' if has_key_scale else ''}"
-    return AotVariant(scores_kernel, signature, constants, config.num_warps, config.num_stages, name)
+    return AotVariant(scores_kernel, signature, constants, config.num_warps, config.num_stages, name, max_local_bytes)
 
 
 def _fold_variant(dtype: str) -> AotVariant:
