@@ -101,7 +101,12 @@ def make_engine(model: Path, adapters: Sequence[Path], kv_bytes: int, device: st
                 "adapters": [{"name": path.name, "path": str(path)} for path in adapters],
                 "adapter_memory": {"max_device_adapters": max(len(adapters), 1)},
                 "cache": {"kv_bytes": kv_bytes, "page_size": PAGE_SIZE, "merged_share": 0.0 if device == "cuda" else 0.5},
-                "scheduler": {"max_num_batched_tokens": max_batched},
+                # Half of what a step holds may be prompt while others decode: 256, the default, is for CPUs, and would
+                # let `isolated`, whose prompts are long, wait 128 steps for each.
+                "scheduler": {
+                    "max_num_batched_tokens": max_batched,
+                    "max_prefill_tokens_beside_decodes": max_batched // 2,
+                },
                 "defaults": {"adapter_sharing": "isolated"},  # nothing is measured beside what is timed
             }
         )
