@@ -71,15 +71,20 @@ def compile_variant(variant: AotVariant, arch: int) -> Resources:
     Raises RuntimeError under TRITON_INTERPRET=1, ValueError for a signature that does not fit the kernel, and Triton's own
     errors where the kernel does not compile.
     """
+    made = compiled(variant, arch)
+    cubin = made.asm["cubin"]
+    registers, local_bytes = _usage(cubin)
+    return Resources(variant.name, arch, registers, made.metadata.shared, local_bytes, cubin)
+
+
+def compiled(variant: AotVariant, arch: int) -> Any:
+    """Triton's own result, every stage of it in ``asm``. Errors as ``compile_variant``."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError(f"{variant.name}: TRITON_INTERPRET=1 compiles nothing; unset it before triton is imported")
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.maxnreg}
     with tempfile.TemporaryDirectory(prefix="forkkv-cubin-") as directory, triton.knobs.cache.scope():
         triton.knobs.cache.dir = directory
-        compiled = triton.compile(_source(variant), target=GPUTarget("cuda", arch, 32), options=options)
-    cubin = compiled.asm["cubin"]
-    registers, local_bytes = _usage(cubin)
-    return Resources(variant.name, arch, registers, compiled.metadata.shared, local_bytes, cubin)
+        return triton.compile(_source(variant), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def over_budget(variant: AotVariant, resources: Resources) -> list[str]:
