@@ -8,9 +8,9 @@ needs no shuffle:
 
     R_j(y) = [ y1 cos_j - y2 sin_j | y2 cos_j + y1 sin_j ]
 
-A row of cos|sin for each position of each tile would be as much traffic as K and V of one kv head. Position p + d is reached
-from one row for the tile's first position p and a table for d in [0, BLOCK_N) that is the same for all tiles. Either rows are
-added (``added_angles``), or queries are rotated back by p (``rotated_back``) and residuals only by d:
+A row of cos|sin for each position of each tile would be as much traffic as K and V of one kv head. Decode does without:
+queries are rotated back by the tile's first position p (``rotated_back``), and residuals only by d in [0, BLOCK_N), with a
+table that is the same for all tiles (``offset_angles``):
 
     q . R_(p + d)(y) = R_(-p)(q) . R_d(y)
 
@@ -43,24 +43,13 @@ def slots_of(pages, positions, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_base(
-    plane_ptr,
-    slots,
-    mask,
-    head,
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAST_L1: tl.constexpr = False,
-):
+def load_base(plane_ptr, slots, mask, head, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """One kv head's K or V of a tile: [BLOCK_N, BLOCK_D] in the plane's dtype. WIDTH is Hkv * D."""
     columns = tl.arange(0, BLOCK_D)
     pointers = plane_ptr + slots[:, None] * WIDTH + head * HEAD_DIM + columns[None, :]
     if BLOCK_D == HEAD_DIM:
-        return tl.load(pointers, mask=mask[:, None], other=0.0, cache_modifier=".cg" if PAST_L1 else "")
-    return tl.load(
-        pointers, mask=mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else ""
-    )
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    return tl.load(pointers, mask=mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -76,15 +65,13 @@ def load_base_half(
 
 
 @triton.jit
-def load_residual_rows(plane_ptr, slots, mask, rank_class, BLOCK_R: tl.constexpr, PAST_L1: tl.constexpr = False):
+def load_residual_rows(plane_ptr, slots, mask, rank_class, BLOCK_R: tl.constexpr):
     """Residual rows of a tile, in whole vectors: [BLOCK_N, BLOCK_R]. A row has ``rank_class`` columns, a multiple of 8; what
     lies beyond the rank is dropped by ``residual_of``, which may come much later."""
     columns = tl.arange(0, BLOCK_R)
     width = (rank_class // 8) * 8  # says to the compiler that rows are aligned
     pointers = plane_ptr + slots[:, None] * width + columns[None, :]
-    return tl.load(
-        pointers, mask=mask[:, None] & (columns < width)[None, :], other=0.0, cache_modifier=".cg" if PAST_L1 else ""
-    )
+    return tl.load(pointers, mask=mask[:, None] & (columns < width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -108,11 +95,11 @@ def load_key_scale(plane_ptr, slots, mask, rank_class, column):
 @triton.jit
 def load_factor_half(
     b_ptr, adapter, head, RANK: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr, HALF: tl.constexpr, FIRST: tl.constexpr = 0,
+    BLOCK_H: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """B1 (HALF 0) or B2 of one adapter and kv head out of b [A, RANK, Hkv, D], from frequency FIRST on: [BLOCK_R, BLOCK_H]."""
+    """B1 (HALF 0) or B2 of one adapter and kv head out of b [A, RANK, Hkv, D]: [BLOCK_R, BLOCK_H]."""
     rows = tl.arange(0, BLOCK_R)
-    columns = FIRST + tl.arange(0, BLOCK_H)
+    columns = tl.arange(0, BLOCK_H)
     start = (adapter.to(tl.int64) * RANK * NUM_KV_HEADS + head) * HEAD_DIM + HALF * (HEAD_DIM // 2)
     pointers = b_ptr + start + rows[:, None] * (NUM_KV_HEADS * HEAD_DIM) + columns[None, :]
     return tl.load(pointers, mask=(rows < RANK)[:, None] & (columns < HEAD_DIM // 2)[None, :], other=0.0)
@@ -159,15 +146,6 @@ def rotated_tile(y, cos, sin, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def angle_row(cos_sin_ptr, position, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0):
-    """cos and sin of one position, from frequency FIRST on: [BLOCK_H] fp32 each, attention factor included."""
-    columns = FIRST + tl.arange(0, BLOCK_H)
-    mask = columns < HEAD_DIM // 2
-    row = cos_sin_ptr + position * HEAD_DIM + columns
-    return tl.load(row, mask=mask, other=0.0), tl.load(row + HEAD_DIM // 2, mask=mask, other=0.0)
-
-
-@triton.jit
 def offset_angles(
     cos_sin_ptr, num_positions, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, FIRST: tl.constexpr = 0
 ):
@@ -180,13 +158,6 @@ def offset_angles(
     inverse = 1.0 / tl.load(cos_sin_ptr)
     cos = tl.load(rows, mask=mask, other=0.0) * inverse
     return cos, tl.load(rows + HEAD_DIM // 2, mask=mask, other=0.0) * inverse
-
-
-@triton.jit
-def added_angles(row_cos, row_sin, offset_cos, offset_sin):
-    """cos and sin of a tile's positions, [BLOCK_N, BLOCK_H] each, of ``angle_row`` at its first and ``offset_angles``."""
-    cos = row_cos[None, :] * offset_cos - row_sin[None, :] * offset_sin
-    return cos, row_sin[None, :] * offset_cos + row_cos[None, :] * offset_sin
 
 
 @triton.jit
