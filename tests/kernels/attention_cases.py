@@ -105,9 +105,12 @@ class Run:
 
 
 def shared_runs(case: Case, runs: Sequence[Run], members: int, spare: int = 1) -> SharedRuns:
-    """Tables with garbage in ``spare`` places of each kind. Agents without a residual over all of a run read base KV."""
+    """Tables with garbage in ``spare`` places of each kind, a first position amid a tile among it.
+
+    Agents without a residual over all of a run read base KV.
+    """
     groups = torch.full((len(runs) + spare, 6), NO_PAGE, dtype=torch.int32)
-    groups[len(runs) :, 1] = 0
+    groups[len(runs) :, :2] = torch.tensor([NO_PAGE + 5, 0])
     places = torch.full((len(runs) + spare, members), -1, dtype=torch.int32)
     subgroups: list[list[int]] = []
     adapters, lens = case.residuals.adapters.tolist(), case.residuals.lens.tolist()

@@ -74,8 +74,11 @@ def grouped_kernel(
     half: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
 
     entry = groups_ptr + group * 6
+    num_tokens = tl.load(entry + 1)
+    if num_tokens == 0:  # no group: where it begins is garbage, perhaps amid a tile
+        return
     first = tl.load(entry)
-    run_end = first + tl.load(entry + 1)
+    run_end = first + num_tokens
     first_split = tl.load(entry + 3)
     # Tiles begin at multiples of their size, so that each lies in one chunk.
     first_tile = first // BLOCK_N
@@ -96,8 +99,7 @@ def grouped_kernel(
     heads = head * GROUP + of_member
     lse_at = lse_ptr + (sequence * NUM_KV_HEADS * GROUP + heads) * out_splits + first_split + split
     if start >= end:
-        if run_end > first:
-            tl.store(lse_at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_row)
+        tl.store(lse_at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_row)
         return
 
     base_pages = base_pages_ptr + tl.load(entry + 2).to(tl.int64) * base_pages_stride

@@ -135,8 +135,11 @@ def scores_kernel(
     group = block // (MEMBERS // BLOCK)
     COLUMNS: tl.constexpr = BLOCK * HEADS * RANK
     entry = groups_ptr + group * 6
+    num_tokens = tl.load(entry + 1)
+    if num_tokens == 0:
+        return
     first = tl.load(entry)
-    run_end = first + tl.load(entry + 1)
+    run_end = first + num_tokens
     first_tile = first // BLOCK_N
     num_tiles = tl.cdiv(run_end, BLOCK_N) - first_tile
     start = (first_tile + num_tiles * split // num_splits) * BLOCK_N
