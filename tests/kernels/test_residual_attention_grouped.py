@@ -87,7 +87,9 @@ def test_adapters_none_of_which_touches_k(place: Place) -> None:
 
 
 @few_places
-@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(3, 3, 80), (1, 7, 96), (2, 1, 256), (1, 4, 128), (1, 8, 64)])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group", "head_dim"), [(3, 3, 80), (1, 7, 96), (2, 1, 256), (1, 4, 128), (1, 8, 64), (2, 2, 8)]
+)
 def test_heads_of_any_number_and_size(place: Place, num_kv_heads: int, group: int, head_dim: int) -> None:
     shape = {"num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim, "ranks": ((16, 16), (4, 4))}
     case = case_at(place, [Agent(50, 48, 0), Agent(49, 48, 1), Agent(50)], shared_len=48, **shape)

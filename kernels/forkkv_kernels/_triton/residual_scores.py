@@ -34,7 +34,7 @@ from forkkv_kernels._triton.member_tiles import by_members, key_scales, member_s
 from forkkv_kernels.reference.residual_attention_decode import DecodeRows
 from forkkv_kernels.reference.residual_attention_grouped import SharedRuns
 from forkkv_kernels.reference.residuals import Residuals
-from forkkv_kernels.reference.rope_basis import BASIS, CHUNK, RopeBasis
+from forkkv_kernels.reference.rope_basis import BASIS, CHUNK, RopeBasis, padded_half
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def residual_scores(
     config = config or scores_config(q.element_size())
     heads = triton.next_power_of_2(group)
     block = max(1, min(members, config.columns // (heads * rank)))
-    blocks, columns, half = members // block, block * heads * rank, triton.next_power_of_2(head_dim // 2)
+    blocks, columns, half = members // block, block * heads * rank, padded_half(head_dim)
     num_chunks = min(len(basis.coefficients) // BASIS, triton.cdiv(rows.base_pages.shape[1] * rows.page_size, CHUNK))
     dtype, precision = basis.features.dtype, "ieee" if q.dtype == torch.float32 else "tf32"
     folded = q.new_empty(num_groups * blocks, num_kv_heads, 2 * half, columns, dtype=dtype)

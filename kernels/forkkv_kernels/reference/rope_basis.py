@@ -22,8 +22,8 @@ class RopeBasis:
         f < near / 2     as they are:                              features[j, f], features[j, near / 2 + f]
         others           sum over m of features[j, near + m] * coefficients[16 c + m, f]        (cos; sin: half + f)
 
-    features [512 * chunks, near + 16], zero beyond the table; coefficients [16 * chunks, 2 * half], half the power of two from
-    D / 2 on, zero where f < near / 2 or f >= D / 2.
+    features [512 * chunks, near + 16], zero beyond the table and where f >= D / 2; coefficients [16 * chunks, 2 * half], half
+    = ``padded_half(D)``, zero where f < near / 2 or f >= D / 2.
 
     Within 512 positions the slow frequencies turn by so little that their cosines and sines, seen as functions of d, are
     spanned by 16 functions (a band of w radians a position has about 512 w / pi dimensions and a few more): for Llama-3.1,
@@ -33,6 +33,11 @@ class RopeBasis:
     features: Tensor
     coefficients: Tensor
     near: int
+
+
+def padded_half(head_dim: int) -> int:
+    """Frequencies with the padding: the power of two from D / 2 on, and 8 at least, those of the least product's depth."""
+    return max(8, 1 << max(head_dim // 2 - 1, 0).bit_length())
 
 
 def rope_basis(cos_sin: Tensor, dtype: torch.dtype) -> RopeBasis:
@@ -49,7 +54,9 @@ def rope_basis(cos_sin: Tensor, dtype: torch.dtype) -> RopeBasis:
     fast = near // 2
     num_chunks = -(-num_positions // CHUNK)
     features = torch.zeros(num_chunks * CHUNK, near + BASIS, dtype=torch.double)
-    features[:num_positions, :near] = torch.cat((cos[:, :fast], sin[:, :fast]), dim=1)
+    kept = min(fast, half)
+    features[:num_positions, :kept] = cos[:, :fast]
+    features[:num_positions, fast : fast + kept] = sin[:, :fast]
     features[:, near:] = basis.repeat(num_chunks, 1)
     coefficients = _coefficients(cos[::CHUNK], sin[::CHUNK], angles, fast, basis)
     return RopeBasis(features.to(cos_sin.device, dtype), coefficients.to(cos_sin.device, dtype), near)
@@ -78,7 +85,7 @@ def _functions(angles: Tensor) -> Tensor:
 def _coefficients(cos: Tensor, sin: Tensor, angles: Tensor, fast: int, basis: Tensor) -> Tensor:
     """cos, sin [chunks, D/2]: of each chunk's first position. By cos(p + d) = cos p cos d - sin p sin d."""
     half = len(angles)
-    padded = 1 << max(half - 1, 0).bit_length()
+    padded = padded_half(2 * half)
     within = basis.T @ _functions(angles) / CHUNK
     of_cos, of_sin = within[None, :, :half], within[None, :, half:]
     cos, sin = cos[:, None, :], sin[:, None, :]
