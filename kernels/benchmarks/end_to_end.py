@@ -127,7 +127,7 @@ def run_mode(engine: Engine, workload: Workload, mode: str, adapters: tuple[str,
         "wall_s": report["wall_s"],
         "real_s": time.perf_counter() - started_s,
         "ttft_s": statistics.median(turn["ttft_s"] for turn in turns),
-        "step_s": statistics.median((turn["e2e_s"] - turn["ttft_s"]) / (turn["output_tokens"] - 1) for turn in turns),
+        "step_s": statistics.median((turn["e2e_s"] - turn["ttft_s"]) / max(turn["output_tokens"] - 1, 1) for turn in turns),
         "prefill_tokens_run": report["prefill_tokens_run"],
     }
 

@@ -113,7 +113,7 @@ def _call(
         else:
             from forkkv_kernels._triton.residual_attention_grouped import grouped
 
-            grouped(*arguments, config, scores_config)
+            grouped(*arguments, None, config, scores_config)
         return combine_partials(partials, inputs.q.dtype)
 
     return run

@@ -189,3 +189,27 @@ def test_a_capacity_that_is_no_power_of_two_is_refused() -> None:
     partials = new_partials(*case.q.shape[:2], 1, case.q.shape[2], case.q.device)
     with pytest.raises(ValueError, match=r"runs\.members has 3 places"):
         residual_attention_grouped(case.q, case.k_plane, case.v_plane, case.rows, wrong, case.scale, partials, 1)
+
+
+def test_a_basis_of_other_heads_is_refused() -> None:
+    case = make_case([Agent(50, 48, 0), Agent(49)], Shape(shared_len=48))
+    runs = shared_runs(case, [everyone(case, 48)], members=4)
+    basis = replace(basis_of(case), near=64)
+    partials = new_partials(*case.q.shape[:2], 1, case.q.shape[2], case.q.device)
+    with pytest.raises(ValueError, match=r"basis\.features is"):
+        residual_attention_grouped(
+            case.q, case.k_plane, case.v_plane, case.rows, runs, case.scale, partials, 1, case.residuals, basis
+        )
+
+
+@places
+def test_scratch_for_no_more_positions_than_runs_reach_changes_nothing(place: Place) -> None:
+    case = case_at(place, [Agent(1300, 1290, 0), Agent(600, 590, 1)], ranks=((4, 4), (8, 8)), shared_len=512, num_kv_heads=1)
+    partials = [new_partials(*case.q.shape[:2], 1, case.q.shape[2], case.q.device) for _ in range(2)]
+    runs = shared_runs(case, [everyone(case, 512)], members=2)
+    for into, reach in zip(partials, (None, 512), strict=True):
+        with place.entered():
+            residual_attention_grouped(
+                case.q, case.k_plane, case.v_plane, case.rows, runs, case.scale, into, 1, case.residuals, basis_of(case), reach
+            )
+    assert torch.equal(partials[0].out, partials[1].out)

@@ -85,7 +85,7 @@ class StepSizes:
         shared = self.shared
         if shared is not None:
             groups, subgroups = _power_of_two(shared.num_groups), _power_of_two(shared.num_subgroups)
-            shared = RunSizes(groups, shared.num_members, subgroups, shared.depth)
+            shared = RunSizes(groups, shared.num_members, subgroups, shared.depth, _power_of_two(shared.end))
         return StepSizes(
             num_rows=rows,
             num_outputs=rows,

@@ -78,12 +78,13 @@ def fill_spans(tables: Mapping[str, Int32Array], prefix: str, spans: Sequence[At
 @dataclass(frozen=True, slots=True)
 class RunSizes:
     """Runs of pages that decode rows share: how many, members of each at most (a power of two), subgroups in all, runs on one
-    path at most."""
+    path at most, and the position behind the last one's end."""
 
     num_groups: int
     num_members: int
     num_subgroups: int
     depth: int
+    end: int
 
     @classmethod
     def of(cls, runs: Sequence[SharedRun]) -> RunSizes:
@@ -92,6 +93,7 @@ class RunSizes:
             1 << (max(len(run.members) for run in runs) - 1).bit_length(),
             max(sum(len(run.subgroups) for run in runs), 1),
             max(run.depth for run in runs) + 1,
+            max(run.end for run in runs),
         )
 
     def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -58,7 +58,9 @@ class TabledAttention:
         if sizes.shared is not None:
             runs = sizes.shared.runs(self._tables, DECODE)
             basis = self._basis if self._stacks.has_k else None
-            residual_attention_grouped(q, *planes, rows, runs, scale, partials, sizes.splits.run, residuals, basis)
+            residual_attention_grouped(
+                q, *planes, rows, runs, scale, partials, sizes.splits.run, residuals, basis, sizes.shared.end
+            )
         out: Tensor = combine_partials(partials, q.dtype)
         return out
 

@@ -191,6 +191,7 @@ def grouped(
     num_splits: int,
     residuals: Residuals | None = None,
     basis: RopeBasis | None = None,
+    num_positions: int | None = None,
     config: GroupedConfig | None = None,
     scores_config: ScoresConfig | None = None,
 ) -> None:
@@ -208,7 +209,9 @@ def grouped(
         rank = residuals.b_v.shape[1]
         tables = (residuals.pages, residuals.b_v, residuals.ranks, residuals.rank_class, residuals.change_column)
         if basis is not None:
-            scores = residual_scores(q, k_plane, rows, runs, residuals, basis, members * block_g, scores_config)
+            reach = rows.base_pages.shape[1] * rows.page_size if num_positions is None else num_positions
+            stride = members * block_g
+            scores = residual_scores(q, k_plane, rows, runs, residuals, basis, reach, stride, scores_config)
     is_exact = q.dtype == torch.float32
     config = config or grouped_config(head_dim, members * block_g, q.element_size(), rank)
     grouped_kernel[(rows.num_kv_heads, num_splits, num_groups)](

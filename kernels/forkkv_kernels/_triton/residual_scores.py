@@ -214,11 +214,12 @@ def scores_kernel(
 
 
 def residual_scores(
-    q: Tensor, k_plane: Tensor, rows: DecodeRows, runs: SharedRuns, residuals: Residuals, basis: RopeBasis, stride: int,
-    config: ScoresConfig | None = None,
+    q: Tensor, k_plane: Tensor, rows: DecodeRows, runs: SharedRuns, residuals: Residuals, basis: RopeBasis,
+    num_positions: int, stride: int, config: ScoresConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    """[G, Hkv, positions, stride], of all groups at the positions of their runs, in fp16 (fp32 for fp32 KV). stride: columns of
-    a group's row, members times at least g. ``config`` overrides the card's, for tuning."""
+    """[G, Hkv, positions, stride], of all groups at the positions of their runs, in fp16 (fp32 for fp32 KV). num_positions: no
+    run reaches further. stride: columns of a group's row, members times at least g. ``config`` overrides the card's, for
+    tuning."""
     num_groups, members = runs.members.shape
     num_kv_heads, rank, head_dim = rows.num_kv_heads, residuals.b_k.shape[1], q.shape[2]
     group = q.shape[1] // num_kv_heads
@@ -226,7 +227,7 @@ def residual_scores(
     heads = triton.next_power_of_2(group)
     block = max(1, min(members, config.columns // (heads * rank)))
     blocks, columns, half = members // block, block * heads * rank, padded_half(head_dim)
-    num_chunks = min(len(basis.coefficients) // BASIS, triton.cdiv(rows.base_pages.shape[1] * rows.page_size, CHUNK))
+    num_chunks = min(len(basis.coefficients) // BASIS, triton.cdiv(num_positions, CHUNK))
     dtype, precision = basis.features.dtype, "ieee" if q.dtype == torch.float32 else "tf32"
     folded = q.new_empty(num_groups * blocks, num_kv_heads, 2 * half, columns, dtype=dtype)
     chunks = q.new_empty(num_groups * blocks, num_kv_heads, num_chunks, BASIS, columns, dtype=dtype)

@@ -25,7 +25,7 @@ from forkkv_kernels.reference.combine_partials import Partials
 from forkkv_kernels.reference.residual_attention_decode import DecodeRows
 from forkkv_kernels.reference.residual_attention_grouped import SharedRuns
 from forkkv_kernels.reference.residuals import Residuals
-from forkkv_kernels.reference.rope_basis import RopeBasis
+from forkkv_kernels.reference.rope_basis import BASIS, CHUNK, RopeBasis, padded_half
 
 __all__ = ["SharedRuns", "residual_attention_grouped"]
 
@@ -41,14 +41,16 @@ def residual_attention_grouped(
     num_splits: int,
     residuals: Residuals | None = None,
     basis: RopeBasis | None = None,
+    num_positions: int | None = None,
 ) -> None:
     """Writes splits [first_split, first_split + num_splits) of every member's row in ``partials`` [N, Hq, S, D], group by
     group; other splits and rows stay as they are.
 
-    q, planes, partials: as in ``residual_attention_decode``. Of ``rows`` it reads base_pages, of ``residuals`` all but lens and
-    adapters, which ``runs`` says instead. members: a power of two of them. basis: of the residuals' cos_sin, in fp16 (fp32 for
-    fp32 KV); None where no adapter here has a rank on k, which leaves residual keys out. It takes scratch memory of members * g
-    * 2 bytes a position, kv head and group. Raises ValueError for arguments that do not fit together.
+    q, planes, partials: as in ``residual_attention_decode``. Of ``rows`` it reads base_pages, of ``residuals`` all but lens
+    and adapters, which ``runs`` says instead. members: a power of two of them. basis: of the residuals' cos_sin, in fp16
+    (fp32 for fp32 KV); None where no adapter here has a rank on k, which leaves residual keys out. It takes scratch memory
+    of members * g * 2 bytes a position, kv head and group, for num_positions: no run reaches further; None: the length of
+    the page tables. Raises ValueError for arguments that do not fit together.
     """
     check_arguments(q, k_plane, v_plane, rows, partials, residuals)
     check_shape("runs.groups", runs.groups, len(runs.members), 6)
@@ -68,16 +70,21 @@ def residual_attention_grouped(
     if not 0 <= num_splits <= partials.num_splits:
         raise ValueError(f"num_splits is {num_splits}, more than the {partials.num_splits} splits of partials")
     if basis is not None:
-        _check_basis(q, basis)
+        _check_basis(q, basis, residuals)
     if not use_triton(q):
         reference.residual_attention_grouped(q, k_plane, v_plane, rows, runs, scale, partials, num_splits, residuals)
         return
     from forkkv_kernels._triton.residual_attention_grouped import grouped  # Here: Triton may be missing.
 
-    grouped(q, k_plane, v_plane, rows, runs, scale, partials, num_splits, residuals, basis)
+    grouped(q, k_plane, v_plane, rows, runs, scale, partials, num_splits, residuals, basis, num_positions)
 
 
-def _check_basis(q: Tensor, basis: RopeBasis) -> None:
+def _check_basis(q: Tensor, basis: RopeBasis, residuals: Residuals | None) -> None:
+    if residuals is None:
+        raise ValueError("basis is given, residuals are not: it is of their cos_sin")
+    num_chunks = -(-len(residuals.cos_sin) // CHUNK)
+    check_shape("basis.features", basis.features, num_chunks * CHUNK, basis.near + BASIS)
+    check_shape("basis.coefficients", basis.coefficients, num_chunks * BASIS, 2 * padded_half(q.shape[2]))
     check_device(q.device, **{"basis.features": basis.features, "basis.coefficients": basis.coefficients})
     dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
     check_dtype("basis.features", basis.features, dtype)
