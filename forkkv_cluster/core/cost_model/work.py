@@ -1,8 +1,9 @@
 """Bytes moved and arithmetic of prefill and decode, and the time that a card's ceilings leave for them.
 
 Decode attention is that of grouped decode (``kernels/forkkv_kernels/_triton/residual_attention_grouped.py``): what agents share
-is read once from memory; rows of several agents are the columns of one product for its base part; K's residual is rebuilt once
-an adapter and scored against all columns of the group, of which those of other adapters are thrown away.
+is read once from memory; rows of several agents are the columns of one product for its base part. Residual keys are scored by
+B_k folded into the queries, whatever adapters there are (``residual_scores.py``); what one member's residual values make of
+another's columns is thrown away.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from forkkv_cluster.core.cost_model.shapes import ELEMENT_BYTES, ModelShape, Wor
 
 ROW_TILE = 16
 """Rows of a matrix instruction: fewer are padded to it."""
-GROUP_COLUMNS, GROUP_COLUMNS_WITHOUT_K = 32, 64
-"""Columns of a group, rows of agents times query heads of a kv head: few where each adapter's rebuilt K meets all of them."""
+GROUP_COLUMNS = 32
+"""Columns of a group with residuals: its members times query heads of a kv head."""
+ROPE_NUMBERS, CHUNK, BASIS = 48, 512, 16
+"""What stands for a position's cosines and sines in residual scores (at Llama-3.1's rope_theta; 80 at 1e4), and the functions
+among them whose coefficients are worked out once a chunk of keys (``reference/rope_basis.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,8 @@ def decode_work(policy: Policy, model: ModelShape, workload: Workload, batch: in
 
 
 def shared_attention(model: ModelShape, workload: Workload, batch: int, adapters: int, copies: int, has_residual: bool) -> Work:
-    """Over ``copies`` of the shared context, all layers; with the residuals of ``adapters`` adapters, or without."""
+    """Over ``copies`` of the shared context, all layers; with the residuals of ``adapters`` adapters, or without. Bytes count
+    what lies between the two kernels, too."""
     keys, per_layer = workload.context, float(model.num_layers)
     group = model.num_heads // model.num_kv_heads
     rows = copies * padded(batch * group / copies, ROW_TILE)
@@ -94,14 +99,17 @@ def shared_attention(model: ModelShape, workload: Workload, batch: int, adapters
     flop = per_layer * 4 * keys * rows * model.kv_size
     if has_residual:
         num_bytes += adapters * keys * workload.lora.residual_bytes_per_token(model)
-        columns = padded(min(batch * group, _group_columns(workload)), ROW_TILE)
-        passes = max(adapters, -(-batch * group // columns))  # an adapter whose agents fill several groups is rebuilt in each
-        flop += per_layer * passes * keys * _residual_flop(model, workload, columns)
+        rank = padded(workload.lora.rank, ROW_TILE)
+        if "k" in workload.lora.targets:  # scores are written, and read, in fp16
+            heads = batch * model.num_heads
+            num_bytes += per_layer * keys * heads * 2 * ELEMENT_BYTES
+            numbers = ROPE_NUMBERS + BASIS * model.head_dim / CHUNK
+            flop += per_layer * keys * heads * 2 * rank * numbers
+        if "v" in workload.lora.targets:
+            columns = padded(min(batch * group, GROUP_COLUMNS), ROW_TILE)
+            groups = -(-batch * group // columns)
+            flop += per_layer * keys * groups * 2 * (columns / group * rank) * columns * model.num_kv_heads
     return Work(num_bytes, flop)
-
-
-def _group_columns(workload: Workload) -> int:
-    return GROUP_COLUMNS if "k" in workload.lora.targets else GROUP_COLUMNS_WITHOUT_K
 
 
 def own_attention(model: ModelShape, workload: Workload, batch: int, own_len: float, has_residual: bool) -> Work:
