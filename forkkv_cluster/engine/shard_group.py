@@ -289,7 +289,7 @@ def _stop(group: ShardGroup, children: Sequence[Any], meeting: Path) -> None:
 
 def _end(children: Sequence[Any], meeting: Path) -> None:
     for child in children:
-        child.join(timeout=5.0)
+        child.join(timeout=30.0)
         if child.is_alive():
             _log.warning("%s does not stop and is killed", child.name)
             child.kill()
