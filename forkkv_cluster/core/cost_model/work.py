@@ -17,8 +17,8 @@ from forkkv_cluster.core.cost_model.shapes import ELEMENT_BYTES, ModelShape, Wor
 
 ROW_TILE = 16
 """Rows of a matrix instruction: fewer are padded to it."""
-GROUP_COLUMNS = 32
-"""Columns of a group with residuals: its members times query heads of a kv head."""
+GROUP_COLUMNS, RESIDUAL_COLUMNS = 32, 128
+"""Of a group with residuals at most: its members times query heads of a kv head, and its members times their rank."""
 ROPE_NUMBERS, CHUNK, BASIS = 48, 512, 16
 """What stands for a position's cosines and sines in residual scores (at Llama-3.1's rope_theta; 80 at 1e4), and the functions
 among them whose coefficients are worked out once a chunk of keys (``reference/rope_basis.py``)."""
@@ -100,15 +100,16 @@ def shared_attention(model: ModelShape, workload: Workload, batch: int, adapters
     if has_residual:
         num_bytes += adapters * keys * workload.lora.residual_bytes_per_token(model)
         rank = padded(workload.lora.rank, ROW_TILE)
+        heads_of_one = 1 << (group - 1).bit_length()  # as the kernels pad them
         if "k" in workload.lora.targets:  # scores are written, and read, in fp16
-            heads = batch * model.num_heads
+            heads = batch * model.num_kv_heads * heads_of_one
             num_bytes += per_layer * keys * heads * 2 * ELEMENT_BYTES
             numbers = ROPE_NUMBERS + BASIS * model.head_dim / CHUNK
             flop += per_layer * keys * heads * 2 * rank * numbers
         if "v" in workload.lora.targets:
-            columns = padded(min(batch * group, GROUP_COLUMNS), ROW_TILE)
-            groups = -(-batch * group // columns)
-            flop += per_layer * keys * groups * 2 * (columns / group * rank) * columns * model.num_kv_heads
+            members = max(1, min(GROUP_COLUMNS // heads_of_one, int(RESIDUAL_COLUMNS // rank), batch))
+            columns = padded(members * heads_of_one, ROW_TILE)
+            flop += per_layer * keys * -(-batch // members) * 2 * members * rank * columns * model.num_kv_heads
     return Work(num_bytes, flop)
 
 

@@ -54,7 +54,13 @@ def test_few_agents_are_padded_to_a_tile() -> None:
     two = Workload(context=32768, agents=2, adapters=2)
     work = shared_attention(LLAMA_3_1_8B, two, 2, adapters=2, copies=1, has_residual=True)
     base = 16 * 8 * 32768 * 128 * 4
-    assert work.flop / LAYERS == base + 32768 * (64 * 2 * 16 * 52 + 2 * (4 * 16) * 16 * 8)
+    assert work.flop / LAYERS == base + 32768 * (64 * 2 * 16 * 52 + 2 * (2 * 16) * 16 * 8)
+
+
+def test_a_rank_of_64_leaves_room_for_two_members_in_a_group() -> None:
+    wide = Workload(context=32768, agents=32, adapters=32, lora=LoraShape(64, ("q", "v")))
+    work = shared_attention(LLAMA_3_1_8B, wide, 32, adapters=32, copies=1, has_residual=True)
+    assert work.flop / LAYERS == 1024 * 32768 * 128 * 4 + 32768 * 16 * 2 * (2 * 64) * 16 * 8
 
 
 def test_without_lora_on_k_nothing_is_scored() -> None:
